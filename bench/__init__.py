@@ -1,0 +1,1 @@
+"""Benchmarks; imported as `sparse_attn.bench`."""

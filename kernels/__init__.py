@@ -1,0 +1,1 @@
+"""Triton kernels; imported as `sparse_attn.kernels`. Importing this package needs no Triton."""

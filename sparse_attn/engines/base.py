@@ -1,0 +1,106 @@
+"""The contract between `attend` and the engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_attn.layout import SparseLayout
+
+
+@dataclass(frozen=True, eq=False)
+class AttendCall:
+    """One attention call, already checked (`sparse_attn.checks`).
+
+    Attributes:
+        q: [B, Hq, L, D]; k: [B, Hkv, S, D]; v: [B, Hkv, S, Dv]; one dtype, one device, last stride 1.
+        layout: which keys each query block reads; `layout.heads` is 1, Hkv or Hq.
+        skip_below: natural log of BLASST's lambda, float32 [B, Hq], or None.
+        is_causal: bottom-right aligned.
+        scale: multiplies q.k.
+        want_kept: also return which tiles were attended.
+        needs_grad: the caller will ask for gradients.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: SparseLayout
+    skip_below: Tensor | None
+    is_causal: bool
+    scale: float
+    want_kept: bool = False
+    needs_grad: bool = False
+
+    @property
+    def gqa_group(self) -> int:
+        """Query heads per key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def kept_shape(self) -> tuple[int, int, int, int]:
+        """[B, Hq, Lb, Sb]"""
+        return (*self.q.shape[:2], self.layout.num_query_blocks, self.layout.num_key_blocks)
+
+    def describe(self) -> str:
+        layout = self.layout
+        parts = [
+            f"q {tuple(self.q.shape)}, k {tuple(self.k.shape)}, v {tuple(self.v.shape)}",
+            f"{self.q.dtype} on {self.q.device}",
+            f"blocks {layout.block_m}x{layout.block_n}",
+            f"is_causal={self.is_causal}",
+        ]
+        parts += ["columns"] if layout.columns is not None else []
+        parts += ["BLASST skip"] if self.skip_below is not None else []
+        parts += ["gradients"] if self.needs_grad else []
+        return ", ".join(parts)
+
+
+class Engine(Protocol):
+    """Runs an `AttendCall`. A new backend is one file with one of these and one registry line."""
+
+    name: str
+
+    def why_not(self, call: AttendCall) -> list[str]:
+        """Reasons why this call cannot run here, each with its remedy; [] means it can."""
+        ...
+
+    def why_off(self) -> list[str]:
+        """Reasons why the engine runs nothing on this machine; [] means it is on."""
+        ...
+
+    def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns out [B, Hq, L, Dv] in the dtype of q (see `new_out`), lse float32 [B, Hq, L] (float64
+        for float64 input; natural log, -inf for a row that attends nothing, whose output is 0),
+        and kept uint8 [B, Hq, Lb, Sb] (1 where a listed, visible tile was attended) if
+        `call.want_kept`, else None."""
+        ...
+
+    def backward(
+        self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq, dk, dv in the inputs' dtypes.
+
+        Args:
+            lse: as `forward` gave it.
+            delta: float32 [B, Hq, L], rowsum(grad_out * out) - grad_lse.
+            kept: as `forward` gave it where `call.skip_below` is set, else None.
+            grad_out: [B, Hq, L, Dv], any strides.
+        """
+        ...
+
+
+def new_out(q: Tensor, value_dim: int) -> Tensor:
+    """Uninitialised output [B, Hq, L, Dv] in q's dimension order: a (B, L, H, D) tensor seen through
+    `transpose(1, 2)` gives an output of the same memory order, so that transposing back is free."""
+    B, H, L, _ = q.shape
+    if H > 1 and q.stride(1) < q.stride(2):
+        return torch.empty(B, L, H, value_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
+    return torch.empty(B, H, L, value_dim, dtype=q.dtype, device=q.device)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

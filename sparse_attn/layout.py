@@ -1,0 +1,488 @@
+"""`SparseLayout`: which keys each block of queries reads.
+
+This is the one sparsity format of the package. Selectors make layouts, engines execute them.
+Letters: B batch, H heads, L query length, S key length, Lb = ceil(L / block_m) query blocks,
+Sb = ceil(S / block_n) key blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from sparse_attn.index_list import IndexList
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLayout:
+    """A block list and, optionally, a column list for every query block of every head.
+
+    Invariants (`check` enforces them; it synchronises, so it is meant for tests and debugging):
+
+    1. Query block i holds queries `i*block_m .. min((i+1)*block_m, L)-1`. It reads row
+       `(b, h, i // group)` of each list; `blocks.group` is always 1.
+    2. The indices of a row are strictly ascending and in range; entries past a row's end are never
+       read.
+    3. A chosen block is attended whole, cut only by the causal edge and the sequence ends.
+    4. No column lies inside a block that the same query block reads, else its key would count twice.
+    5. An empty row is legal: its output is 0 and its lse is -inf.
+    6. Causal is **bottom-right aligned**: query i sees keys `j <= i + S - L`. (PyTorch's
+       `scaled_dot_product_attention` is upper-left aligned; the two agree when L == S.)
+
+    Attributes:
+        blocks: key-block numbers; rows = B' * H' * Lb, row-major.
+        block_m, block_n: queries and keys in a block.
+        L, S: query and key length in tokens.
+        batch, heads: B' and H'. 1 broadcasts. H' counts query heads, or key heads (then the query
+            heads of a group share a row), or is 1.
+        columns: single key positions ("stripes"), or None; rows = B' * H' * ceil(Lb / group).
+    """
+
+    blocks: IndexList
+    block_m: int
+    block_n: int
+    L: int
+    S: int
+    batch: int = 1
+    heads: int = 1
+    columns: IndexList | None = None
+    _cache: dict = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "L", "S", "batch", "heads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"SparseLayout: {name} is {value}; it must be at least 1.")
+        if self.blocks.group != 1:
+            raise ValueError(
+                f"SparseLayout: blocks.group is {self.blocks.group}; only columns may be shared by "
+                "several query blocks. Repeat the block rows instead."
+            )
+        self._expect_rows("blocks", self.blocks, self.num_query_blocks)
+        if self.columns is not None:
+            self._expect_rows("columns", self.columns, ceil(self.num_query_blocks / self.columns.group))
+
+    def _expect_rows(self, name: str, rows: IndexList, per_head: int) -> None:
+        expected = self.batch * self.heads * per_head
+        if rows.rows != expected:
+            raise ValueError(
+                f"SparseLayout: {name} has {rows.rows} rows; expected {expected} "
+                f"(batch {self.batch} x heads {self.heads} x {per_head})."
+            )
+
+    # -- shape ------------------------------------------------------------------------------------
+
+    @property
+    def num_query_blocks(self) -> int:
+        return -(-self.L // self.block_m)
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.S // self.block_n)
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks.offsets.device
+
+    def to(self, device: torch.device | str) -> SparseLayout:
+        """The same layout on another device."""
+        columns = None if self.columns is None else self.columns.to(device)
+        return self._like(self.blocks.to(device), columns)
+
+    def _like(self, blocks: IndexList, columns: IndexList | None) -> SparseLayout:
+        shape = (self.block_m, self.block_n, self.L, self.S, self.batch, self.heads)
+        return SparseLayout(blocks, *shape, columns=columns)
+
+    # -- builders ---------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls, L: int, S: int, *, block_m: int = 128, block_n: int = 128, device=None) -> SparseLayout:
+        """Every query block reads every key block: dense attention, shared by all heads."""
+        num_rows, width = ceil(L / block_m), ceil(S / block_n)
+        offsets = torch.arange(num_rows + 1, dtype=torch.int64, device=device) * width
+        indices = torch.arange(width, dtype=torch.int32, device=device).repeat(num_rows)
+        return cls(IndexList(offsets, indices), block_m, block_n, L, S)
+
+    @classmethod
+    def from_dense_mask(
+        cls,
+        mask: Tensor,
+        *,
+        block_m: int,
+        block_n: int,
+        L: int,
+        S: int,
+        columns: Tensor | None = None,
+        column_group: int = 1,
+        capacity: int | None = None,
+        column_capacity: int | None = None,
+    ) -> SparseLayout:
+        """Build from boolean masks.
+
+        Args:
+            mask: bool [B|1, H|1, Lb, Sb], true where a query block reads a key block.
+            block_m, block_n: queries and keys in a block.
+            L, S: query and key length in tokens.
+            columns: bool [B|1, H|1, ceil(Lb / column_group), S], single keys read by
+                `column_group` consecutive query blocks; they must not lie in blocks of `mask` that
+                one of those query blocks reads.
+            column_group: query blocks that share a column row.
+            capacity, column_capacity: sizes of the index tensors. When given, nothing synchronises
+                with the host (and the check of `columns` against `mask` is left to `check`).
+
+        Raises:
+            ValueError: shapes or dtypes do not fit, or a column lies inside a chosen block.
+        """
+        Lb, Sb = ceil(L / block_m), ceil(S / block_n)
+        _expect_mask("mask", mask, (Lb, Sb))
+        batch, heads = mask.shape[:2]
+        column_list = None
+        if columns is not None:
+            _expect_mask("columns", columns, (ceil(Lb / column_group), S))
+            batch, heads = max(batch, columns.shape[0]), max(heads, columns.shape[1])
+            columns = columns.expand(batch, heads, *columns.shape[2:])
+            if columns.shape[:2] != (batch, heads):
+                raise ValueError("from_dense_mask: columns and mask have different batch or heads.")
+            column_list = IndexList.from_mask(
+                columns.reshape(-1, S), group=column_group, capacity=column_capacity
+            )
+        mask = mask.expand(batch, heads, Lb, Sb)
+        block_list = IndexList.from_mask(mask.reshape(-1, Sb), capacity=capacity)
+        layout = cls(block_list, block_m, block_n, L, S, batch, heads, column_list)
+        if columns is not None and capacity is None:
+            layout._check_columns_outside_blocks()
+        return layout
+
+    @classmethod
+    def window(
+        cls,
+        L: int,
+        S: int,
+        *,
+        block_m: int = 128,
+        block_n: int = 128,
+        left: int,
+        right: int = 0,
+        sink_blocks: int = 0,
+        device=None,
+    ) -> SparseLayout:
+        """Sliding window of whole blocks around the (bottom-right aligned) diagonal.
+
+        Args:
+            left, right: key blocks kept before and after the blocks that the query block's own
+                positions fall in.
+            sink_blocks: first key blocks that every query block reads.
+        """
+        Lb, Sb = ceil(L / block_m), ceil(S / block_n)
+        row = torch.arange(Lb, device=device)[:, None]
+        first = torch.div(row * block_m + S - L, block_n, rounding_mode="floor")
+        last_query = (row * block_m + block_m - 1).clamp(max=L - 1)
+        last = torch.div(last_query + S - L, block_n, rounding_mode="floor")
+        col = torch.arange(Sb, device=device)[None]
+        mask = ((col >= first - left) & (col <= last + right)) | (col < sink_blocks)
+        return cls.from_dense_mask(mask[None, None], block_m=block_m, block_n=block_n, L=L, S=S)
+
+    @classmethod
+    def strided(
+        cls,
+        L: int,
+        S: int,
+        *,
+        heads: int,
+        block: int = 64,
+        local_blocks: int = 1,
+        stride: int = 8,
+        shifts: list[int] | None = None,
+        device=None,
+    ) -> SparseLayout:
+        """Local window plus every `stride`-th key block, shifted per head.
+
+        Key block j is read by query block i of head h when `0 <= c - j < local_blocks` (c the key
+        block of the query block's last position) or `(j + shifts[h]) % stride == 0`.
+
+        Args:
+            shifts: one shift a head; default 0, 1, 2, ...
+        """
+        Lb, Sb = ceil(L / block), ceil(S / block)
+        shift = torch.tensor(list(range(heads)) if shifts is None else shifts, device=device)
+        row = torch.arange(Lb, device=device)[:, None]
+        last_query = (row * block + block - 1).clamp(max=L - 1)
+        last = torch.div(last_query + S - L, block, rounding_mode="floor")
+        col = torch.arange(Sb, device=device)[None]
+        local = (col <= last) & (last - col < local_blocks)
+        shard = (col[None] + shift[:, None, None]) % stride == 0
+        mask = (local[None] | (shard & (col <= last)[None]))[None]
+        return cls.from_dense_mask(mask, block_m=block, block_n=block, L=L, S=S)
+
+    @classmethod
+    def top_k(
+        cls,
+        scores: Tensor,
+        k: int,
+        *,
+        block_m: int,
+        block_n: int,
+        L: int,
+        S: int,
+        is_causal: bool = False,
+        capacity: int | None = None,
+    ) -> SparseLayout:
+        """Each query block reads its `k` key blocks of highest score.
+
+        Args:
+            scores: float [B|1, H|1, Lb, Sb]; -inf is never chosen.
+            k: blocks a row, 1 <= k <= Sb. Rows with fewer finite scores keep fewer.
+            is_causal: ignore blocks that lie wholly beyond the causal edge.
+        """
+        Sb = ceil(S / block_n)
+        if not 1 <= k <= Sb:
+            raise ValueError(f"top_k: k is {k}; it must be between 1 and {Sb} (the key blocks).")
+        if is_causal:
+            scores = scores.masked_fill(~visible_blocks(L, S, block_m, block_n, scores.device), -torch.inf)
+        best = scores.topk(k, dim=-1)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        mask.scatter_(-1, best.indices, best.values > -torch.inf)
+        return cls.from_dense_mask(mask, block_m=block_m, block_n=block_n, L=L, S=S, capacity=capacity)
+
+    @classmethod
+    def threshold(
+        cls,
+        scores: Tensor,
+        at_least: float,
+        *,
+        block_m: int,
+        block_n: int,
+        L: int,
+        S: int,
+        is_causal: bool = False,
+        capacity: int | None = None,
+    ) -> SparseLayout:
+        """Each query block reads the key blocks whose score is `>= at_least`.
+
+        Args:
+            scores: float [B|1, H|1, Lb, Sb]; NaN is never chosen.
+            is_causal: ignore blocks that lie wholly beyond the causal edge.
+        """
+        mask = scores >= at_least
+        if is_causal:
+            mask &= visible_blocks(L, S, block_m, block_n, scores.device)
+        return cls.from_dense_mask(mask, block_m=block_m, block_n=block_n, L=L, S=S, capacity=capacity)
+
+    # -- what the engines read --------------------------------------------------------------------
+
+    def block_bounds(self, is_causal: bool) -> Tensor:
+        """int32 [B'*H'*Lb, 2]: of each row, how many leading blocks need no mask, and how many are
+        visible at all. Cached."""
+        return self._cached(("block_bounds", is_causal), lambda: self._block_bounds(is_causal))
+
+    def column_bounds(self, is_causal: bool) -> Tensor:
+        """int32 [B'*H'*Lb, 2], as `block_bounds`, for the columns that each query block reads."""
+        return self._cached(("column_bounds", is_causal), lambda: self._column_bounds(is_causal))
+
+    def transposed(self) -> IndexList:
+        """Key block -> query blocks: rows = B' * H' * Sb. Cached."""
+        Lb, Sb = self.num_query_blocks, self.num_key_blocks
+        return self._cached(("transposed",), lambda: self.blocks.transpose(Lb, Sb))
+
+    def transposed_bounds(self, is_causal: bool) -> Tensor:
+        """int32 [B'*H'*Sb, 2]: of each transposed row, the first entry that sees any key of the
+        block, and the first whose queries all see all of its keys. Cached."""
+        key = ("transposed_bounds", is_causal)
+        return self._cached(key, lambda: self._transposed_bounds(is_causal))
+
+    def _cached(self, key, build):
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
+    def _query_range(self) -> tuple[Tensor, Tensor]:
+        """Key position that the first and the last query of each block are aligned with: [Lb]."""
+        first = torch.arange(self.num_query_blocks, device=self.device) * self.block_m
+        last = (first + self.block_m - 1).clamp(max=self.L - 1)
+        return first + self.S - self.L, last + self.S - self.L
+
+    def _block_bounds(self, is_causal: bool) -> Tensor:
+        row = torch.arange(self.blocks.rows, device=self.device)
+        unmasked_below = torch.full_like(row, self.S // self.block_n)
+        visible_below = torch.full_like(row, self.num_key_blocks)
+        if is_causal:
+            first, last = (x.repeat(self.batch * self.heads) for x in self._query_range())
+            whole = torch.div(first + 1, self.block_n, rounding_mode="floor")
+            some = torch.div(last, self.block_n, rounding_mode="floor") + 1
+            unmasked_below, visible_below = unmasked_below.minimum(whole), visible_below.minimum(some)
+        width = self.num_key_blocks
+        pair = [self.blocks.lower_bound(row, x, width) for x in (unmasked_below, visible_below)]
+        return torch.stack(pair, -1).to(torch.int32)
+
+    def _column_bounds(self, is_causal: bool) -> Tensor:
+        assert self.columns is not None
+        row = self._column_row()
+        if not is_causal:
+            length = self.columns.lengths[row]
+            return torch.stack([length, length], -1).to(torch.int32)
+        first, last = (x.repeat(self.batch * self.heads) for x in self._query_range())
+        pair = [self.columns.lower_bound(row, x + 1, self.S) for x in (first, last)]
+        return torch.stack(pair, -1).to(torch.int32)
+
+    def _column_row(self) -> Tensor:
+        """int64 [B'*H'*Lb]: the column row that each query block reads."""
+        assert self.columns is not None
+        Lb, group = self.num_query_blocks, self.columns.group
+        head = torch.arange(self.batch * self.heads, device=self.device)[:, None] * ceil(Lb / group)
+        return (head + torch.arange(Lb, device=self.device) // group).flatten()
+
+    def _transposed_bounds(self, is_causal: bool) -> Tensor:
+        lists = self.transposed()
+        row = torch.arange(lists.rows, device=self.device)
+        if not is_causal:
+            return torch.zeros(lists.rows, 2, dtype=torch.int32, device=self.device)
+        key_block = row % self.num_key_blocks
+        first_key = key_block * self.block_n - (self.S - self.L)
+        last_key = (key_block * self.block_n + self.block_n - 1).clamp(max=self.S - 1) - (self.S - self.L)
+        some_from = torch.div(first_key.clamp(min=0), self.block_m, rounding_mode="floor")
+        all_from = torch.div(last_key + self.block_m - 1, self.block_m, rounding_mode="floor")
+        pair = [lists.lower_bound(row, x, self.num_query_blocks) for x in (some_from, all_from)]
+        return torch.stack(pair, -1).to(torch.int32)
+
+    # -- views ------------------------------------------------------------------------------------
+
+    def block_mask(self) -> Tensor:
+        """bool [B', H', Lb, Sb]: the block list as a mask (see `from_dense_mask`)."""
+        mask = self.blocks.to_mask(self.num_key_blocks)
+        return mask.view(self.batch, self.heads, self.num_query_blocks, self.num_key_blocks)
+
+    def column_mask(self) -> Tensor | None:
+        """bool [B', H', ceil(Lb / group), S]: the column list as a mask, or None."""
+        if self.columns is None:
+            return None
+        return self.columns.to_mask(self.S).view(self.batch, self.heads, -1, self.S)
+
+    def token_rows(self, query_block: int, is_causal: bool) -> Tensor:
+        """bool [B', H', m, S]: the keys that each query of one block attends to."""
+        i = query_block
+        first, last = i * self.block_m, min((i + 1) * self.block_m, self.L)
+        keys = torch.arange(self.S, device=self.device)
+        rows = self._cached(("block_mask",), self.block_mask)[:, :, i][..., keys // self.block_n]
+        if self.columns is not None:
+            rows = rows | self._cached(("column_mask",), self.column_mask)[:, :, i // self.columns.group]
+        rows = rows[:, :, None].expand(-1, -1, last - first, -1)
+        if is_causal:
+            queries = torch.arange(first, last, device=self.device)[:, None]
+            rows = rows & (keys <= queries + self.S - self.L)
+        return rows
+
+    def to_dense(self, is_causal: bool = False) -> Tensor:
+        """bool [B', H', L, S]: every attended pair. For tests and pictures: L x S memory."""
+        blocks = range(self.num_query_blocks)
+        return torch.cat([self.token_rows(i, is_causal) for i in blocks], dim=2)
+
+    def density(self, is_causal: bool = False, *, per_head: bool = False):
+        """Share of the visible (query, key) pairs that are attended, exact to the token.
+
+        Args:
+            is_causal: count only pairs on or below the bottom-right aligned diagonal.
+            per_head: return float64 [B', H'] instead of the mean over B' and H'.
+
+        Returns:
+            A float (synchronises), or the tensor.
+        """
+        from sparse_attn.layout_stats import attended_pairs, visible_pairs
+
+        share = attended_pairs(self, is_causal) / max(visible_pairs(self.L, self.S, is_causal), 1)
+        return share if per_head else share.mean().item()
+
+    # -- conversions (layout_convert.py) ----------------------------------------------------------
+
+    def coarsen(self, block_m: int, block_n: int) -> SparseLayout:
+        """The smallest layout of larger blocks that covers this one. Its density is higher: read
+        `density` before and after.
+
+        Args:
+            block_m, block_n: multiples of the present block sizes.
+        """
+        from sparse_attn.layout_convert import coarsen
+
+        return coarsen(self, block_m, block_n)
+
+    def to_block_mask(self, is_causal: bool = False):
+        """A FlexAttention `BlockMask` of the same pattern (column lists are refused)."""
+        from sparse_attn.layout_convert import to_block_mask
+
+        return to_block_mask(self, is_causal)
+
+    @classmethod
+    def from_block_mask(cls, block_mask, L: int | None = None, S: int | None = None) -> SparseLayout:
+        """From a FlexAttention `BlockMask`: its blocks only; a `mask_mod` inside a block is refused
+        unless it is causal or absent."""
+        from sparse_attn.layout_convert import from_block_mask
+
+        return from_block_mask(block_mask, L, S)
+
+    def to_count_index(self) -> tuple[Tensor, Tensor]:
+        """Padded rows as FA4, cuDNN and FlashInfer take them: counts int32 [B', H', Lb] and indices
+        int32 [B', H', Lb, Sb], unused entries 0."""
+        from sparse_attn.layout_convert import to_count_index
+
+        return to_count_index(self)
+
+    @classmethod
+    def from_count_index(
+        cls, counts: Tensor, indices: Tensor, *, block_m: int, block_n: int, L: int, S: int
+    ) -> SparseLayout:
+        """The inverse of `to_count_index`; indices of a row may be in any order."""
+        from sparse_attn.layout_convert import from_count_index
+
+        return from_count_index(counts, indices, block_m, block_n, L, S)
+
+    # -- checks and pictures ----------------------------------------------------------------------
+
+    def check(self) -> SparseLayout:
+        """Verify every invariant; synchronises. Returns the layout itself.
+
+        Raises:
+            ValueError: naming the first broken invariant and where.
+        """
+        from sparse_attn.layout_stats import check
+
+        return check(self)
+
+    def _check_columns_outside_blocks(self) -> None:
+        from sparse_attn.layout_stats import check_columns_outside_blocks
+
+        check_columns_outside_blocks(self)
+
+    def draw(self, *, batch: int = 0, head: int = 0, width: int = 64, is_causal: bool = False) -> str:
+        """The pattern of one head as text: '#' read, '|' read through columns only, '.' not read."""
+        from sparse_attn.layout_stats import draw
+
+        return draw(self, batch, head, width, is_causal)
+
+    def __repr__(self) -> str:
+        columns = ""
+        if self.columns is not None:
+            columns = f", columns shared by {self.columns.group} query blocks"
+        return (
+            f"SparseLayout(L={self.L}, S={self.S}, block={self.block_m}x{self.block_n}, "
+            f"batch={self.batch}, heads={self.heads}, density={self.density():.3f}{columns}, "
+            f"device={self.device})\n{self.draw(width=32)}"
+        )
+
+
+def visible_blocks(L: int, S: int, block_m: int, block_n: int, device=None) -> Tensor:
+    """bool [Lb, Sb]: key blocks with at least one key on or below the causal edge."""
+    Lb, Sb = ceil(L / block_m), ceil(S / block_n)
+    last_query = (torch.arange(1, Lb + 1, device=device) * block_m - 1).clamp(max=L - 1)
+    return torch.arange(Sb, device=device) * block_n <= (last_query + S - L)[:, None]
+
+
+def _expect_mask(name: str, mask: Tensor, tail: tuple[int, int]) -> None:
+    if mask.dtype != torch.bool:
+        raise ValueError(f"from_dense_mask: {name} has dtype {mask.dtype}; it must be torch.bool.")
+    if mask.dim() != 4 or tuple(mask.shape[2:]) != tail:
+        raise ValueError(
+            f"from_dense_mask: {name} has shape {tuple(mask.shape)}; expected "
+            f"[batch or 1, heads or 1, {tail[0]}, {tail[1]}] for these lengths and block sizes."
+        )

@@ -1,0 +1,115 @@
+"""The two operators behind every call, registered with PyTorch: `sparse_attn::attend_fwd` and
+`sparse_attn::attend_bwd`.
+
+Their schemas hold only tensors and plain values: a layout travels as its flat parts, so that
+`torch.compile`, `torch.export` and CUDA graphs see fixed arity and nothing opaque. Inside, the parts
+become an `AttendCall` again and the engine that was chosen at the call runs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparse_attn.engines import ENGINES, AttendCall, lse_dtype, new_out
+from sparse_attn.index_list import IndexList
+from sparse_attn.layout import SparseLayout
+
+NAMESPACE = "sparse_attn"
+
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor bounds, "
+    "Tensor? column_offsets, Tensor? column_indices, Tensor? column_bounds, "
+    "Tensor? t_offsets, Tensor? t_indices, Tensor? t_bounds, Tensor? skip_below, "
+    "int batch, int heads, int block_m, int block_n, int column_group, bool is_causal, float scale, "
+    "bool want_kept, str engine"
+)
+_NUM_TENSORS = 13
+torch.library.define(f"{NAMESPACE}::attend_fwd", f"({_CALL}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(
+    f"{NAMESPACE}::attend_bwd",
+    f"(Tensor lse, Tensor delta, Tensor kept, Tensor grad_out, {_CALL}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
+    """The arguments of `attend_fwd`. The transposed list is made only where gradients need it."""
+    layout, causal = call.layout, call.is_causal
+    columns = transposed = (None, None, None)
+    if layout.columns is not None:
+        columns = (layout.columns.offsets, layout.columns.indices, layout.column_bounds(causal))
+    if call.needs_grad:
+        lists = layout.transposed()
+        transposed = (lists.offsets, lists.indices, layout.transposed_bounds(causal))
+    blocks = (layout.blocks.offsets, layout.blocks.indices, layout.block_bounds(causal))
+    group = 1 if layout.columns is None else layout.columns.group
+    shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group)
+    rule = (causal, call.scale, call.want_kept, engine)
+    return (call.q, call.k, call.v, *blocks, *columns, *transposed, call.skip_below, *shape, *rule)
+
+
+def _unflatten(args: tuple[Any, ...]) -> tuple[AttendCall, str]:
+    q, k, v, offsets, indices, bounds, c_offsets, c_indices, c_bounds = args[:9]
+    t_offsets, t_indices, t_bounds, skip_below = args[9:_NUM_TENSORS]
+    batch, heads, block_m, block_n, group, is_causal, scale, want_kept, engine = args[_NUM_TENSORS:]
+    columns = None if c_offsets is None else IndexList(c_offsets, c_indices, group)
+    cache: dict[Any, Any] = {("block_bounds", is_causal): bounds}
+    if columns is not None:
+        cache["column_bounds", is_causal] = c_bounds
+    if t_offsets is not None:
+        cache[("transposed",)] = IndexList(t_offsets, t_indices)
+        cache["transposed_bounds", is_causal] = t_bounds
+    layout = SparseLayout(
+        IndexList(offsets, indices), block_m, block_n, q.shape[2], k.shape[2], batch, heads, columns, cache
+    )
+    needs_grad = t_offsets is not None
+    return AttendCall(q, k, v, layout, skip_below, is_causal, scale, want_kept, needs_grad), engine
+
+
+def _attend_fwd(*args):
+    call, engine = _unflatten(args)
+    out, lse, kept = ENGINES[engine].forward(call)
+    return out, lse, call.q.new_empty(0, dtype=torch.uint8) if kept is None else kept
+
+
+def _attend_fwd_fake(*args):
+    call, _ = _unflatten(args)
+    out, lse = new_out(call.q, call.v.shape[-1]), call.q.new_empty(call.q.shape[:3], dtype=lse_dtype(call.q))
+    kept_shape = call.kept_shape if call.want_kept else (0,)
+    return out, lse, call.q.new_empty(kept_shape, dtype=torch.uint8)
+
+
+def _attend_bwd(lse, delta, kept, grad_out, *args):
+    call, engine = _unflatten(args)
+    kept = kept if call.skip_below is not None else None
+    return ENGINES[engine].backward(call, lse, delta, kept, grad_out)
+
+
+def _attend_bwd_fake(lse, delta, kept, grad_out, *args):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in args[:3])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
+    ctx.plain = inputs[_NUM_TENSORS:]
+
+
+def _backward(ctx, grad_out, grad_lse, _grad_kept):
+    *tensors, out, lse, kept = ctx.saved_tensors
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grads = torch.ops.sparse_attn.attend_bwd.default(lse, delta, kept, grad_out, *tensors, *ctx.plain)
+    return *grads, *[None] * (_NUM_TENSORS - 3 + len(ctx.plain))
+
+
+for _name, _impl, _fake in (
+    ("attend_fwd", _attend_fwd, _attend_fwd_fake),
+    ("attend_bwd", _attend_bwd, _attend_bwd_fake),
+):
+    torch.library.impl(f"{NAMESPACE}::{_name}", ("CPU", "CUDA"), _impl)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
+torch.library.register_autograd(f"{NAMESPACE}::attend_fwd", _backward, setup_context=_setup_context)
+
+attend_fwd = torch.ops.sparse_attn.attend_fwd.default
