@@ -45,6 +45,13 @@ def get_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
+def _by_priority() -> list[Engine]:
+    """The registry's order. Triton's interpreter comes last, so that it runs only what is asked of it by
+    name: it is there to debug kernels, thousands of times slower than the other engines."""
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    return sorted(ENGINES.values(), key=lambda engine: interprets and engine.name == "triton")
+
+
 def choose(call: AttendCall, name: str | None = None) -> Engine:
     """The first engine that can run the call.
 
@@ -56,7 +63,7 @@ def choose(call: AttendCall, name: str | None = None) -> Engine:
         NotImplementedError: no engine can, or the named one cannot; lists the reasons.
     """
     name = name or _forced or os.environ.get("SPARSE_ATTN_ENGINE") or None
-    candidates = list(ENGINES.values()) if name is None else [get_engine(name)]
+    candidates = _by_priority() if name is None else [get_engine(name)]
     refusals = {}
     for engine in candidates:
         reasons = engine.why_not(call)

@@ -31,7 +31,8 @@ class ReferenceEngine:
                 scores = _drop_skipped(call, scores, kept[:, :, i], i)
             row_lse = torch.logsumexp(scores, -1)
             p = torch.exp(scores - row_lse.masked_fill(row_lse == -torch.inf, 0)[..., None])
-            out[:, :, rows] = (p @ v.to(p.dtype)).to(q.dtype)
+            v_read = _only_read(v.to(p.dtype), scores)
+            out[:, :, rows] = (p @ v_read).to(q.dtype)
             lse[:, :, rows] = row_lse
         return out, lse, kept if call.want_kept else None
 
@@ -50,8 +51,9 @@ class ReferenceEngine:
                 scores = _drop_skipped(call, scores, kept[:, :, i], i)
             p = torch.exp(scores - lse[:, :, rows, None])
             do = grad_out[:, :, rows].to(dtype)
-            ds = p * (do @ v.to(dtype).mT - delta[:, :, rows, None]) * call.scale
-            dq[:, :, rows] = ds @ k.to(dtype)
+            k_read, v_read = (_only_read(x.to(dtype), scores) for x in (k, v))
+            ds = p * (do @ v_read.mT - delta[:, :, rows, None]) * call.scale
+            dq[:, :, rows] = ds @ k_read
             dk += ds.mT @ q[:, :, rows].to(dtype)
             dv += p.mT @ do
         shape = (q.shape[0], call.k.shape[1], call.gqa_group)
@@ -85,6 +87,13 @@ def _scores(call: AttendCall, q: Tensor, k: Tensor, i: int) -> Tensor:
     scores = q.to(dtype) @ k.to(dtype).mT * call.scale
     attended = _heads_of_layout(call.layout.token_rows(i, call.is_causal), call)
     return scores.masked_fill(~attended, -torch.inf)
+
+
+def _only_read(x: Tensor, scores: Tensor) -> Tensor:
+    """Keys or values [B, Hq, S, D] with 0 where no query of the block attends: what a layout leaves out
+    may hold anything, and 0 * NaN is NaN."""
+    unread = (scores == -torch.inf).all(2)
+    return x.masked_fill(unread[..., None], 0)
 
 
 def _kept_tiles(call: AttendCall, scores: Tensor, i: int) -> Tensor:
