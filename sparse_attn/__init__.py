@@ -2,9 +2,17 @@
 
 from sparse_attn.attend import attend
 from sparse_attn.engines import use_engine
-from sparse_attn.functional import sparse_attention
+from sparse_attn.functional import blasst_attention, sparse_attention
 from sparse_attn.layout import SparseLayout
 from sparse_attn.plan import Plan
 from sparse_attn.version import __version__
 
-__all__ = ["Plan", "SparseLayout", "__version__", "attend", "sparse_attention", "use_engine"]
+__all__ = [
+    "Plan",
+    "SparseLayout",
+    "__version__",
+    "attend",
+    "blasst_attention",
+    "sparse_attention",
+    "use_engine",
+]

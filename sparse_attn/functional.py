@@ -10,7 +10,13 @@ from torch import Tensor
 
 from sparse_attn.attend import attend
 from sparse_attn.layout import SparseLayout
+from sparse_attn.methods.blasst import blasst_attention
 from sparse_attn.plan import Plan
+
+__all__ = [
+    "blasst_attention",
+    "sparse_attention",
+]
 
 
 def sparse_attention(

@@ -5,7 +5,10 @@ test parameter.
 """
 
 from sparse_attn.methods.base import Context, Method
+from sparse_attn.methods.blasst import BLASST
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {
+    BLASST.name: BLASST,
+}
 
 __all__ = ["METHODS", "Context", "Method"]
