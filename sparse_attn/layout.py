@@ -295,7 +295,9 @@ class SparseLayout:
 
     def _cached(self, key, build):
         if key not in self._cache:
-            self._cache[key] = build()
+            # A tensor made in inference mode could not serve a later call that needs gradients.
+            with torch.inference_mode(False):
+                self._cache[key] = build()
         return self._cache[key]
 
     def _query_range(self) -> tuple[Tensor, Tensor]:
