@@ -2,17 +2,21 @@
 
 from sparse_attn.attend import attend
 from sparse_attn.engines import use_engine
-from sparse_attn.functional import blasst_attention, sparse_attention
+from sparse_attn.functional import anchor_attention, blasst_attention, s2_attention, sparse_attention
 from sparse_attn.layout import SparseLayout
+from sparse_attn.methods.s2 import S2Config
 from sparse_attn.plan import Plan
 from sparse_attn.version import __version__
 
 __all__ = [
     "Plan",
+    "S2Config",
     "SparseLayout",
     "__version__",
+    "anchor_attention",
     "attend",
     "blasst_attention",
+    "s2_attention",
     "sparse_attention",
     "use_engine",
 ]

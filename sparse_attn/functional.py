@@ -10,11 +10,15 @@ from torch import Tensor
 
 from sparse_attn.attend import attend
 from sparse_attn.layout import SparseLayout
+from sparse_attn.methods.anchor import anchor_attention
 from sparse_attn.methods.blasst import blasst_attention
+from sparse_attn.methods.s2 import s2_attention
 from sparse_attn.plan import Plan
 
 __all__ = [
+    "anchor_attention",
     "blasst_attention",
+    "s2_attention",
     "sparse_attention",
 ]
 

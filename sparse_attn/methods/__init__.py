@@ -4,11 +4,15 @@ A sixth method is one file here, one line below, one literal reference in tests/
 test parameter.
 """
 
+from sparse_attn.methods.anchor import ANCHOR
 from sparse_attn.methods.base import Context, Method
 from sparse_attn.methods.blasst import BLASST
+from sparse_attn.methods.s2 import S2
 
 METHODS: dict[str, Method] = {
     BLASST.name: BLASST,
+    ANCHOR.name: ANCHOR,
+    S2.name: S2,
 }
 
 __all__ = ["METHODS", "Context", "Method"]
