@@ -1,0 +1,187 @@
+// Forward of one query block: panels of queries against the listed keys, online softmax.
+#pragma once
+
+#include "panels.h"
+
+namespace sparse_attn {
+namespace {
+
+// A run of keys that follow one another in a list: a block or part of one, or some columns.
+struct KeyRun {
+  RowRun k, v;
+  const int32_t* index;  // key positions; null: first, first + 1, ...
+  int64_t first, count;
+
+  int64_t position(int64_t j) const { return index ? index[j] : first + j; }
+};
+
+inline KeyRun key_run(const Rows& k, const Rows& v, const int32_t* index, int64_t first, int64_t count) {
+  int64_t row = index ? 0 : first;
+  return {{k.base + row * k.stride, k.stride, index}, {v.base + row * v.stride, v.stride, index},
+          index, first, count};
+}
+
+// How many leading keys of the run some query sees whose causal limit is `last_seen`.
+inline int64_t seen_by(const KeyRun& run, int64_t last_seen) {
+  if (!run.index) return max64(0, min64(run.count, last_seen - run.first + 1));
+  int64_t count = run.count;
+  while (count > 0 && run.index[count - 1] > last_seen) --count;
+  return count;
+}
+
+struct Forward {
+  const Shape& shape;
+  const ForwardTask& task;
+  int64_t panels, scratch_floats;
+  float *q, *out;      // [panels][D or Dv][kPanel]
+  float *m, *l, *top;  // [panels][kPanel]
+  float* scores;       // [panels, or 1 without a skip][kChunk][kPanel]
+  float* rows;         // [kPanel][max(D, Dv)]
+
+  Forward(const Shape& shape, const ForwardTask& task, float* scratch) : shape(shape), task(task) {
+    scratch_floats = lay_out({scratch});
+  }
+
+  int64_t lay_out(Arena arena) {
+    panels = num_panels(task.num_queries);
+    q = arena.take(panels * shape.D * kPanel);
+    out = arena.take(panels * shape.Dv * kPanel);
+    m = arena.take(panels * kPanel);
+    l = arena.take(panels * kPanel);
+    top = arena.take(panels * kPanel);
+    scores = arena.take((task.has_skip ? panels : 1) * kChunk * kPanel);
+    rows = arena.take(static_cast<int64_t>(kPanel) * (shape.D > shape.Dv ? shape.D : shape.Dv));
+    return arena.used;
+  }
+
+  void run() {
+    load_panels(task.q, nullptr, task.first_query, task.num_queries, shape.D, rows, q);
+    memset(out, 0, sizeof(float) * panels * shape.Dv * kPanel);
+    memset(l, 0, sizeof(float) * panels * kPanel);
+    for (int64_t i = 0; i < panels * kPanel; ++i) m[i] = -kInf;
+    for (int64_t t = 0; t < task.keys.num_blocks; ++t) attend_block(task.keys.blocks[t]);
+    for (int64_t t = 0; t < task.keys.num_columns; t += kChunk) {
+      int64_t count = min64(kChunk, task.keys.num_columns - t);
+      attend_run(key_run(task.k, task.v, task.keys.columns + t, 0, count));
+    }
+    for (int64_t p = 0; p < panels; ++p) finish(p);
+  }
+
+  void attend_block(int64_t block) {
+    int64_t first = block * shape.block_n, count = min64(shape.block_n, shape.S - first);
+    if (task.has_skip) {
+      if (may_skip(first, count)) return;
+      if (task.kept) task.kept[block] = 1;
+      if (count <= kChunk) {  // the scores of the vote are still there
+        KeyRun run = key_run(task.k, task.v, nullptr, first, count);
+        for (int64_t p = 0; p < panels; ++p) {
+          absorb(run, p, seen_by(run, last_seen(p)), top + p * kPanel, scores_of(p));
+        }
+        return;
+      }
+    } else if (task.kept) {
+      task.kept[block] = 1;
+    }
+    for (int64_t done = 0; done < count; done += kChunk) {
+      attend_run(key_run(task.k, task.v, nullptr, first + done, min64(kChunk, count - done)));
+    }
+  }
+
+  void attend_run(const KeyRun& run) {
+    for (int64_t p = 0; p < panels; ++p) {
+      alignas(64) float run_top[kPanel];
+      for (float& x : run_top) x = -kInf;
+      int64_t seen = score(run, p, run_top, scores);
+      absorb(run, p, seen, run_top, scores);
+    }
+  }
+
+  float* scores_of(int64_t p) { return scores + p * kChunk * kPanel; }
+  int64_t aligned_key(int64_t query) const { return query + shape.S - shape.L; }
+  int64_t first_seen_limit(int64_t p) const { return aligned_key(task.first_query + p * kPanel); }
+
+  // The last key that the last query of panel p sees.
+  int64_t last_seen(int64_t p) const {
+    if (!shape.is_causal) return shape.S - 1;
+    int64_t end = min64((p + 1) * kPanel, task.num_queries);
+    return aligned_key(task.first_query + end - 1);
+  }
+
+  // Scores of panel p, -inf beyond the causal edge; raises run_top. Returns how many keys were scored.
+  int64_t score(const KeyRun& run, int64_t p, float* run_top, float* target) {
+    int64_t seen = seen_by(run, last_seen(p));
+    if (seen == 0) return 0;
+    Vec best[2] = {load(run_top), load(run_top + kLanes)};
+    const Vec before[2] = {best[0], best[1]};
+    rows_dot_panel(run.k, seen, shape.D, q + p * shape.D * kPanel, shape.scale, target, best);
+    int64_t limit = first_seen_limit(p);
+    if (shape.is_causal && run.position(seen - 1) > limit) {
+      best[0] = before[0], best[1] = before[1];
+      const LaneIota lane;
+      for (int64_t j = 0; j < seen; ++j) {
+        float* row = target + j * kPanel;
+        Int from = splat_int(run.position(j) - limit);  // the first query that sees key j
+        Vec left = select(lane.left >= from, load(row), splat(-kInf));
+        Vec right = select(lane.right >= from, load(row + kLanes), splat(-kInf));
+        store(row, left);
+        store(row + kLanes, right);
+        best[0] = max(left, best[0]);
+        best[1] = max(right, best[1]);
+      }
+    }
+    store(run_top, best[0]);
+    store(run_top + kLanes, best[1]);
+    return seen;
+  }
+
+  // Softmax and value product of the scored keys.
+  void absorb(const KeyRun& run, int64_t p, int64_t seen, const float* run_top, float* scored) {
+    if (seen == 0) return;
+    const Vec best[2] = {load(run_top), load(run_top + kLanes)};
+    Vec keep[2];
+    softmax_panel(scored, seen, best, m + p * kPanel, l + p * kPanel, keep);
+    add_rows_panel(run.v, seen, shape.Dv, scored, keep, out + p * shape.Dv * kPanel);
+  }
+
+  // The vote of `Plan`: whether every query of the block has its largest logit in this tile below its
+  // running maximum plus skip_below, or sees no key of it. Leaves the tile's maxima in `top`, and its
+  // scores too where they fit.
+  bool may_skip(int64_t first, int64_t count) {
+    for (int64_t i = 0; i < panels * kPanel; ++i) top[i] = -kInf;
+    for (int64_t done = 0; done < count; done += kChunk) {
+      KeyRun run = key_run(task.k, task.v, nullptr, first + done, min64(kChunk, count - done));
+      for (int64_t p = 0; p < panels; ++p) score(run, p, top + p * kPanel, scores_of(p));
+    }
+    for (int64_t i = 0; i < task.num_queries; ++i) {
+      if (!(top[i] < m[i] + task.skip_below || top[i] == -kInf)) return false;
+    }
+    return true;
+  }
+
+  void finish(int64_t p) {
+    int64_t first = task.first_query + p * kPanel;
+    int lanes = static_cast<int>(min64(kPanel, task.num_queries - p * kPanel));
+    float* panel = out + p * shape.Dv * kPanel;
+    for (int half = 0; half < 2; ++half) {
+      Vec sum = load(l + p * kPanel + half * kLanes);
+      Vec inverse = select(sum == 0.f, Vec{}, 1.f / sum);
+      for (int64_t c = 0; c < shape.Dv; ++c) {
+        float* row = panel + c * kPanel + half * kLanes;
+        store(row, load(row) * inverse);
+      }
+    }
+    for (int i = 0; i < lanes; ++i) {
+      float sum = l[p * kPanel + i];
+      task.lse[first + i] = sum == 0.f ? -kInf : m[p * kPanel + i] + __builtin_logf(sum);
+    }
+    transpose(panel, kPanel, shape.Dv, kPanel, rows, shape.Dv);
+    RawRows target{task.out, task.out_stride, shape.dtype};
+    for (int i = 0; i < lanes; ++i) {
+      void* row = const_cast<void*>(row_of(target, first + i));
+      narrow(rows + static_cast<int64_t>(i) * shape.Dv, shape.dtype, shape.Dv, row);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace sparse_attn

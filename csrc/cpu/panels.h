@@ -1,0 +1,98 @@
+// Moving rows into panels and back, and the exponentials between the two matrix products.
+#pragma once
+
+#include "microkernel.h"
+
+namespace sparse_attn {
+namespace {
+
+constexpr int kChunk = 128;    // keys (dq, forward) or queries (dk, dv) handled between two products
+constexpr int kMaxWidth = 256;  // largest head size
+
+inline int64_t num_panels(int64_t lanes) { return (lanes + kPanel - 1) / kPanel; }
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out 64-byte aligned parts of a task's scratch, or only counts them (base null).
+struct Arena {
+  float* base;
+  int64_t used = 0;
+
+  float* take(int64_t floats) {
+    float* part = base ? base + used : nullptr;
+    used += (floats + 15) / 16 * 16;
+    return part;
+  }
+};
+
+// panel[d][lane] = source[row(lane)][d] for `lanes` rows; the other lanes are 0.
+// row(lane) = index ? index[lane] : first + lane. rows: scratch [kPanel][width].
+inline void load_panel(const RawRows& source, const int32_t* index, int64_t first, int lanes, int width,
+                       float* rows, float* panel) {
+  if (lanes < kPanel) memset(rows, 0, sizeof(float) * kPanel * width);
+  for (int i = 0; i < lanes; ++i) {
+    const void* row = row_of(source, index ? index[i] : first + i);
+    widen(row, source.dtype, width, rows + static_cast<int64_t>(i) * width);
+  }
+  transpose(rows, width, kPanel, width, panel, kPanel);
+}
+
+// Every panel of a run of rows.
+inline void load_panels(const RawRows& source, const int32_t* index, int64_t first, int64_t count, int width,
+                        float* rows, float* panels) {
+  for (int64_t done = 0; done < count; done += kPanel) {
+    int lanes = static_cast<int>(min64(kPanel, count - done));
+    load_panel(source, index ? index + done : nullptr, first + done, lanes, width, rows,
+               panels + done * width);
+  }
+}
+
+// Vectors of one value a lane, from memory that may end before the panel does.
+inline void load_lanes(const float* source, int lanes, float fill, Vec* target) {
+  float padded[kPanel];
+  for (int i = 0; i < kPanel; ++i) padded[i] = i < lanes ? source[i] : fill;
+  target[0] = load(padded);
+  target[1] = load(padded + kLanes);
+}
+
+// Where a row is masked lane by lane: lane i sees row j when i >= from[j], or (kLaneIsKey) i <= upto[j].
+struct LaneIota {
+  Int left = iota(), right = iota() + kLanes;
+};
+
+inline Int splat_int(int64_t x) {
+  x = x < -1 ? -1 : x > kPanel ? kPanel : x;
+  return Int{} + static_cast<int32_t>(x);
+}
+
+// One step of online softmax over scores [count][kPanel], in place. `top` is the maximum of the scores,
+// m and l are the running maximum and sum of a lane; returns in `keep` what older sums shrink by.
+inline void softmax_panel(float* scores, int64_t count, const Vec* top, float* m, float* l, Vec* keep) {
+  for (int half = 0; half < 2; ++half) {
+    float* column = scores + half * kLanes;
+    Vec before = load(m + half * kLanes);
+    Vec now = max(top[half], before);
+    Vec base = select(now == -kInf, Vec{}, now);  // exp(-inf - -inf) would be nan
+    Vec sums[2] = {};
+    int64_t j = 0;
+    for (; j + 1 < count; j += 2) {
+      Vec a = exp_nonpositive(load(column + j * kPanel) - base);
+      Vec b = exp_nonpositive(load(column + (j + 1) * kPanel) - base);
+      store(column + j * kPanel, a);
+      store(column + (j + 1) * kPanel, b);
+      sums[0] += a;
+      sums[1] += b;
+    }
+    if (j < count) {
+      Vec a = exp_nonpositive(load(column + j * kPanel) - base);
+      store(column + j * kPanel, a);
+      sums[0] += a;
+    }
+    keep[half] = exp_nonpositive(before - base);
+    store(m + half * kLanes, now);
+    store(l + half * kLanes, load(l + half * kLanes) * keep[half] + (sums[0] + sums[1]));
+  }
+}
+
+}  // namespace
+}  // namespace sparse_attn
