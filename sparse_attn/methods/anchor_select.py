@@ -1,0 +1,132 @@
+"""AnchorAttention's two selection passes in plain PyTorch, for any device and size.
+
+`sparse_attn.kernels.anchor_select` holds the same two functions for GPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn.index_list import IndexList
+from sparse_attn.methods.anchor_regions import AnchorRegions
+
+
+def pool_anchor(
+    query: Tensor, key: Tensor, regions: AnchorRegions, scale: float, reference: str
+) -> tuple[Tensor, Tensor]:
+    """First pass: what the anchor gives, averaged over each query block.
+
+    Args:
+        query: [B, Hq, L, D]; key: [B, Hkv, S, D].
+        reference: "max" or "lse" of the scaled logits of a query in its anchor.
+
+    Returns:
+        anchor [B, Hq, Lb], -inf for a block with a query that sees no key, and the mean query
+        [B, Hq, Lb, D]; float32 (float64 for float64 input). The largest buffer is
+        [B, Hq, block, (init_blocks + step + 2) * block].
+    """
+    B, Hq, _, D = query.shape
+    Hkv, work = key.shape[1], _work_dtype(query)
+    anchor = torch.empty(B, Hq, regions.num_query_blocks, dtype=work, device=query.device)
+    pooled = torch.empty(B, Hq, regions.num_query_blocks, D, dtype=work, device=query.device)
+    for i, g, start, stop in regions.query_blocks():
+        q = query[:, :, start:stop].to(work)
+        pooled[:, :, i] = q.mean(2)
+        last = stop - 1 + regions.shift  # the key position of the last query
+        if last < 0:
+            anchor[:, :, i] = -torch.inf
+            continue
+        init, local = regions.init_end(g) * regions.block, regions.first_local(g) * regions.block
+        k = torch.cat([key[:, :, :init], key[:, :, local : last + 1]], 2).to(work)
+        # The query heads of a key head side by side: one product for all.
+        logits = q.reshape(B, Hkv, -1, D) @ k.mT * scale
+        logits = logits.view(B, Hq, stop - start, -1)
+        key_position = torch.arange(local, last + 1, device=query.device)
+        query_position = torch.arange(start, stop, device=query.device)[:, None] + regions.shift
+        logits[..., init:].masked_fill_(key_position > query_position, -torch.inf)
+        rows = logits.amax(-1) if reference == "max" else logits.logsumexp(-1)
+        anchor[:, :, i] = rows.mean(-1)
+    return anchor, pooled
+
+
+def fill_columns(
+    pooled: Tensor,
+    key: Tensor,
+    at_least: Tensor,
+    regions: AnchorRegions,
+    scale: float,
+    share_kv_group: bool,
+    capacity: int | None,
+) -> IndexList:
+    """Second pass: list the keys whose pooled logit reaches the limit of a query block.
+
+    Args:
+        pooled: [B, Hq, Lb, D], mean queries; key: [B, Hkv, S, D].
+        at_least: [B, Hq, Lb], the limit: a key enters the list of its superblock if
+            `scale * pooled . k >= at_least` for one of the superblock's query blocks.
+        share_kv_group: one list for the query heads of a key head, the union of theirs.
+        capacity: entries of the result; None: as many as needed (waits for the device).
+
+    Returns:
+        columns with rows = B * H' * superblocks and group = step, H' = Hkv if shared, else Hq. Works on
+        one key head at a time, with buffers of superblocks * S entries.
+    """
+    B, Hq, _, D = pooled.shape
+    Hkv, group = key.shape[1], Hq // key.shape[1]
+    G, S, work = regions.num_superblocks, regions.S, pooled.dtype
+    lists = _Filler(S, capacity, key.device)
+    for b in range(B):
+        for kv in range(Hkv):
+            members = slice(kv * group, (kv + 1) * group)
+            q, limit = pooled[b, members], at_least[b, members].to(work)
+            k = key[b, kv].to(work)
+            hits = torch.zeros(group, G, S, dtype=torch.bool, device=key.device)
+            for g in range(G):
+                offered = regions.offered_keys(g)
+                if not offered:
+                    continue
+                rows = slice(g * regions.step, (g + 1) * regions.step)
+                columns = slice(offered.start, offered.stop)
+                logits = (q[:, rows].reshape(-1, D) @ k[columns].T * scale).view(group, -1, len(offered))
+                hits[:, g, columns] = (logits >= limit[:, rows, None]).any(1)
+            for member in hits.any(0, keepdim=True) if share_kv_group else hits:
+                lists.append(member)
+    return lists.finish(regions.step)
+
+
+class _Filler:
+    """Collects boolean matrices [G, S] as rows of one `IndexList`."""
+
+    def __init__(self, width: int, capacity: int | None, device: torch.device):
+        self.capacity = capacity
+        self.numbers = torch.arange(width, dtype=torch.int32, device=device)
+        self.counts: list[Tensor] = []
+        self.parts: list[Tensor] = []
+        if capacity is not None:
+            self.used = torch.zeros((), dtype=torch.int64, device=device)
+            self.indices = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+
+    def append(self, mask: Tensor) -> None:
+        self.counts.append(mask.sum(-1))
+        if self.capacity is None:
+            self.parts.append(mask.nonzero()[:, 1].to(torch.int32))
+            return
+        # Positions past the capacity, and the places of what is not listed, fall on the spare entry.
+        slot = torch.cumsum(mask.flatten(), 0) + (self.used - 1)
+        slot = slot.masked_fill_(~mask.flatten(), self.capacity).clamp_(max=self.capacity)
+        self.indices.scatter_(0, slot, self.numbers.expand_as(mask).reshape(-1))
+        self.used += self.counts[-1].sum()
+
+    def finish(self, group: int) -> IndexList:
+        counts = torch.cat(self.counts)
+        offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        if self.capacity is not None:
+            return IndexList(offsets, self.indices[:-1], group)
+        indices = torch.cat(self.parts)
+        return IndexList(offsets, indices if indices.numel() else self.numbers[:1], group)
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
