@@ -42,13 +42,11 @@ _X86_SETS = {
 }
 _CPP_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden"]
 _KERNEL_FLAGS = [
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-exceptions",
-    "-fno-rtti",
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-exceptions", "-fno-rtti"),
 ]
-_NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC", "-DUSE_CUDA", "--expt-relaxed-constexpr", "-lineinfo"]
+_NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC", "-DUSE_CUDA", "-lineinfo", "--expt-relaxed-constexpr"]
+_ALL_FLAGS = (_X86_SETS, _CPP_FLAGS, _KERNEL_FLAGS, _NVCC_FLAGS, TORCH_TARGET)
 
 
 class BuildError(RuntimeError):
@@ -91,12 +89,12 @@ def source_files(kind: str) -> list[Path]:
 
 
 def source_hash(kind: str) -> str:
-    """16 hex digits that change with any source file of the kind or with this file; "" without sources."""
+    """16 hex digits that change with any source file of the kind or with the flags; "" without sources."""
     files = source_files(kind)
     if not files:
         return ""
-    digest = hashlib.sha256()
-    for path in [*files, Path(__file__)]:
+    digest = hashlib.sha256(repr(_ALL_FLAGS).encode())
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -33,7 +33,9 @@ class CpuEngine:
         return reasons
 
     def instruction_set(self) -> str:
-        """The instruction set in use: "avx512", "avx2" or "baseline"."""
+        """The instruction set in use: "avx512", "avx2" or "baseline"; "" where the engine is off."""
+        if self.why_off():
+            return ""
         return torch.ops.sparse_attn_cpu.instruction_set()
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
