@@ -7,7 +7,7 @@ Sb = ceil(S / block_n) key blocks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
@@ -39,6 +39,10 @@ class SparseLayout:
         batch, heads: B' and H'. 1 broadcasts. H' counts query heads, or key heads (then the query
             heads of a group share a row), or is 1.
         columns: single key positions ("stripes"), or None; rows = B' * H' * ceil(Lb / group).
+        neighbours_alike: the builder knows that query blocks of nearly equal row length, and key blocks
+            of nearly equal transposed row length, read nearly the same blocks (windows and strided
+            patterns do). An engine may then compute several small blocks in one tile; what is attended
+            does not change.
     """
 
     blocks: IndexList
@@ -50,6 +54,7 @@ class SparseLayout:
     heads: int = 1
     columns: IndexList | None = None
     _cache: dict = field(default_factory=dict, repr=False)
+    neighbours_alike: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "L", "S", "batch", "heads"):
@@ -94,7 +99,7 @@ class SparseLayout:
 
     def _like(self, blocks: IndexList, columns: IndexList | None) -> SparseLayout:
         shape = (self.block_m, self.block_n, self.L, self.S, self.batch, self.heads)
-        return SparseLayout(blocks, *shape, columns=columns)
+        return SparseLayout(blocks, *shape, columns=columns, neighbours_alike=self.neighbours_alike)
 
     # -- builders ---------------------------------------------------------------------------------
 
@@ -183,7 +188,8 @@ class SparseLayout:
         last = torch.div(last_query + S - L, block_n, rounding_mode="floor")
         col = torch.arange(Sb, device=device)[None]
         mask = ((col >= first - left) & (col <= last + right)) | (col < sink_blocks)
-        return cls.from_dense_mask(mask[None, None], block_m=block_m, block_n=block_n, L=L, S=S)
+        layout = cls.from_dense_mask(mask[None, None], block_m=block_m, block_n=block_n, L=L, S=S)
+        return replace(layout, neighbours_alike=True)
 
     @classmethod
     def strided(
@@ -215,7 +221,8 @@ class SparseLayout:
         local = (col <= last) & (last - col < local_blocks)
         shard = (col[None] + shift[:, None, None]) % stride == 0
         mask = (local[None] | (shard & (col <= last)[None]))[None]
-        return cls.from_dense_mask(mask, block_m=block, block_n=block, L=L, S=S)
+        layout = cls.from_dense_mask(mask, block_m=block, block_n=block, L=L, S=S)
+        return replace(layout, neighbours_alike=True)
 
     @classmethod
     def top_k(
@@ -294,11 +301,14 @@ class SparseLayout:
         return self._cached(key, lambda: self._transposed_bounds(is_causal))
 
     def _cached(self, key, build):
-        if key not in self._cache:
-            # A tensor made in inference mode could not serve a later call that needs gradients.
-            with torch.inference_mode(False):
-                self._cache[key] = build()
-        return self._cache[key]
+        if key in self._cache:
+            return self._cache[key]
+        # A tensor made in inference mode could not serve a later call that needs gradients.
+        with torch.inference_mode(False):
+            value = build()
+        if not torch.compiler.is_exporting():  # `torch.export` builds tensors without data
+            self._cache[key] = value
+        return value
 
     def _query_range(self) -> tuple[Tensor, Tensor]:
         """Key position that the first and the last query of each block are aligned with: [Lb]."""

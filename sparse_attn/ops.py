@@ -15,6 +15,7 @@ import torch
 from sparse_attn.engines import ENGINES, AttendCall, lse_dtype, new_out
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
+from sparse_attn.schedule import NUM_FLAT, Schedule, schedule_of
 
 NAMESPACE = "sparse_attn"
 
@@ -22,10 +23,12 @@ _CALL = (
     "Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor bounds, "
     "Tensor? column_offsets, Tensor? column_indices, Tensor? column_bounds, "
     "Tensor? t_offsets, Tensor? t_indices, Tensor? t_bounds, Tensor? skip_below, "
+    "Tensor? order, Tensor? m_offsets, Tensor? m_indices, Tensor? m_bounds, "
+    "Tensor? t_order, Tensor? tm_offsets, Tensor? tm_indices, Tensor? tm_bounds, "
     "int batch, int heads, int block_m, int block_n, int column_group, bool is_causal, float scale, "
     "bool want_kept, str engine"
 )
-_NUM_TENSORS = 13
+_NUM_TENSORS = 13 + NUM_FLAT
 torch.library.define(f"{NAMESPACE}::attend_fwd", f"({_CALL}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     f"{NAMESPACE}::attend_bwd",
@@ -34,7 +37,8 @@ torch.library.define(
 
 
 def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
-    """The arguments of `attend_fwd`. The transposed list is made only where gradients need it."""
+    """The arguments of `attend_fwd`. The transposed list is made only where gradients need it, the
+    schedule only for the engine that reads it."""
     layout, causal = call.layout, call.is_causal
     columns = transposed = (None, None, None)
     if layout.columns is not None:
@@ -46,15 +50,18 @@ def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
     group = 1 if layout.columns is None else layout.columns.group
     shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group)
     rule = (causal, call.scale, call.want_kept, engine)
-    return (call.q, call.k, call.v, *blocks, *columns, *transposed, call.skip_below, *shape, *rule)
+    schedule = schedule_of(call) if engine == "triton" else Schedule()
+    lists = (*blocks, *columns, *transposed, call.skip_below, *schedule.flat())
+    return (call.q, call.k, call.v, *lists, *shape, *rule)
 
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[AttendCall, str]:
     q, k, v, offsets, indices, bounds, c_offsets, c_indices, c_bounds = args[:9]
-    t_offsets, t_indices, t_bounds, skip_below = args[9:_NUM_TENSORS]
+    t_offsets, t_indices, t_bounds, skip_below = args[9:13]
+    schedule = Schedule.from_flat(args[13:_NUM_TENSORS])
     batch, heads, block_m, block_n, group, is_causal, scale, want_kept, engine = args[_NUM_TENSORS:]
     columns = None if c_offsets is None else IndexList(c_offsets, c_indices, group)
-    cache: dict[Any, Any] = {("block_bounds", is_causal): bounds}
+    cache: dict[Any, Any] = {("block_bounds", is_causal): bounds, ("schedule",): schedule}
     if columns is not None:
         cache["column_bounds", is_causal] = c_bounds
     if t_offsets is not None:
@@ -104,6 +111,13 @@ def _backward(ctx, grad_out, grad_lse, _grad_kept):
     return *grads, *[None] * (_NUM_TENSORS - 3 + len(ctx.plain))
 
 
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError(
+        "sparse_attn: second derivatives are not supported; differentiate once (create_graph=False), or "
+        "use torch.nn.functional.scaled_dot_product_attention with a mask."
+    )
+
+
 for _name, _impl, _fake in (
     ("attend_fwd", _attend_fwd, _attend_fwd_fake),
     ("attend_bwd", _attend_bwd, _attend_bwd_fake),
@@ -111,5 +125,6 @@ for _name, _impl, _fake in (
     torch.library.impl(f"{NAMESPACE}::{_name}", ("CPU", "CUDA"), _impl)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
 torch.library.register_autograd(f"{NAMESPACE}::attend_fwd", _backward, setup_context=_setup_context)
+torch.library.register_autograd(f"{NAMESPACE}::attend_bwd", _no_second_derivative)
 
 attend_fwd = torch.ops.sparse_attn.attend_fwd.default

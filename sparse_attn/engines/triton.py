@@ -1,25 +1,321 @@
-"""The Triton engine (kernels/)."""
+"""The Triton engine (kernels/): any GPU that Triton supports, forward and backward.
+
+With TRITON_INTERPRET=1 it also takes CPU tensors and runs them in Triton's interpreter: slow, for tests.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from math import ceil
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from sparse_attn.engines.base import AttendCall
+from sparse_attn.engines.base import AttendCall, new_out
+from sparse_attn.schedule import MergedRows, Schedule, merge_factor, schedule_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_BLOCK = 16
+COLUMN_SPLITS = 8  # programs that share a column row in the backward
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 class TritonEngine:
     name = "triton"
 
     def why_off(self) -> list[str]:
-        return ["not built"]
+        if importlib.util.find_spec("triton") is None:
+            return ["Triton is not installed; pip install triton"]
+        if not torch.cuda.is_available() and not _interprets():
+            return ["no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"]
+        return []
 
     def why_not(self, call: AttendCall) -> list[str]:
-        return self.why_off()
+        from sparse_attn.kernels.configs import max_tile
+
+        reasons = self.why_off()
+        layout, wanted = call.layout, "cpu" if _interprets() else "cuda"
+        if not reasons and call.q.device.type != wanted:
+            reasons.append(f"the tensors are on {call.q.device.type}; move them to {wanted}")
+        if call.q.dtype not in DTYPES:
+            reasons.append(f"dtype {call.q.dtype}; use float16, bfloat16 or float32")
+        top = max_tile(call.q.element_size())
+        for name in ("block_m", "block_n"):
+            block = getattr(layout, name)
+            if block < MIN_BLOCK or block & (block - 1):
+                reasons.append(f"{name} is {block}; use a power of two from {MIN_BLOCK}")
+            elif call.skip_below is not None and block > top:
+                reasons.append(
+                    f"{name} is {block} with a BLASST skip, whose vote needs the whole tile at once; "
+                    f"use at most {top} for {call.q.dtype}"
+                )
+        return reasons
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
-        raise NotImplementedError
+        from sparse_attn.kernels.attend_fwd import attend_fwd_kernel
+        from sparse_attn.kernels.configs import forward_tile
+
+        q, k, v, layout = call.q, call.k, call.v, call.layout
+        B, Hq, L, _ = q.shape
+        out = new_out(q, v.shape[-1])
+        lse = torch.empty(B, Hq, L, dtype=torch.float32, device=q.device)
+        skips = call.skip_below is not None
+        kept = None
+        if call.want_kept:
+            kept = (
+                torch.zeros(call.kept_shape, dtype=torch.uint8, device=q.device) if skips else _listed(call)
+            )
+        schedule = _schedule(call)
+        merged = schedule.merged
+        dims = _dims(call)
+        tile = forward_tile(
+            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
+            merged is not None,
+        )  # fmt: skip
+        lists = _lists(layout.blocks, layout.block_bounds(call.is_causal), merged)
+        k_desc, v_desc, use_tma = _descriptors(
+            tile.use_tma, (k, dims["BLOCK_D"]), (v, dims["BLOCK_DV"]), rows=tile.block_n
+        )
+        skip = call.skip_below if call.skip_below is not None else lse
+        grid = (_query_tiles(call, tile.block_m, merged) * B * Hq,)
+        attend_fwd_kernel[grid](
+            q, k, v, k_desc, v_desc, out, lse, lse if kept is None else kept,
+            *lists, *_column_lists(call), _or(schedule.order, lists[1]), skip,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *skip.stride()[:2],
+            Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
+            *_column_shape(call), *_list_strides(call), (abs(call.scale) or 1.0) * LOG2_E,
+            SIGN=_sign(call.scale), **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=skips,
+            WANT_KEPT=skips and kept is not None, USE_TMA=use_tma, PRECISION=_precision(q),
+            NUM_STAGES=tile.num_stages, WARP_SPECIALIZE=tile.warp_specialize and use_tma,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return out, lse, kept
 
     def backward(
         self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        if grad_out.stride(-1) != 1:
+            grad_out = grad_out.contiguous()
+        grad_out, lse, delta = grad_out.to(call.q.dtype), lse.contiguous(), delta.float().contiguous()
+        dq = self._backward_dq(call, lse, delta, kept, grad_out)
+        dk, dv = self._backward_dkdv(call, lse, delta, kept, grad_out)
+        return dq, dk, dv
+
+    def _backward_dq(
+        self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
+    ) -> Tensor:
+        from sparse_attn.kernels.attend_bwd import attend_bwd_dq_kernel
+        from sparse_attn.kernels.configs import dq_tile
+
+        q, k, v, layout = call.q, call.k, call.v, call.layout
+        B, Hq, L, _ = q.shape
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        schedule = _schedule(call)
+        merged = schedule.merged
+        dims = _dims(call)
+        tile = dq_tile(
+            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
+            merged is not None,
+        )  # fmt: skip
+        lists = _lists(layout.blocks, layout.block_bounds(call.is_causal), merged)
+        k_desc, v_desc, use_tma = _descriptors(
+            tile.use_tma, (k, dims["BLOCK_D"]), (v, dims["BLOCK_DV"]), rows=tile.block_n
+        )
+        grid = (_query_tiles(call, tile.block_m, merged) * B * Hq,)
+        attend_bwd_dq_kernel[grid](
+            q, k, v, k_desc, v_desc, grad_out, lse, delta, _or(kept, lse), dq,
+            *lists, *_column_lists(call), _or(schedule.order, lists[1]),
+            *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dq),
+            Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
+            *_column_shape(call), *_list_strides(call), call.scale,
+            **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=kept is not None,
+            USE_TMA=use_tma, PRECISION=_precision(q), NUM_STAGES=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return dq
+
+    def _backward_dkdv(
+        self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from sparse_attn.kernels.attend_bwd import attend_bwd_dkdv_kernel
+        from sparse_attn.kernels.configs import dkdv_tile
+
+        q, k, v, layout = call.q, call.k, call.v, call.layout
+        B, Hkv, S, _ = k.shape
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        columns = self._backward_columns(call, lse, delta, grad_out) if layout.columns is not None else None
+        schedule = _schedule(call)
+        merged, order = schedule.t_merged, schedule.t_order
+        dims = _dims(call)
+        tile = dkdv_tile(
+            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
+            merged is not None,
+        )  # fmt: skip
+        lists = _lists(layout.transposed(), layout.transposed_bounds(call.is_causal), merged)
+        q_desc, g_desc, use_tma = _descriptors(
+            tile.use_tma, (q, dims["BLOCK_D"]), (grad_out, dims["BLOCK_DV"]), rows=tile.block_m
+        )
+        tiles = layout.num_key_blocks * max(layout.block_n // tile.block_n, 1)
+        if merged is not None:
+            tiles = ceil(layout.num_key_blocks / merge_factor(layout.block_n))
+        order_heads = 0 if order is None else order.shape[0] // layout.batch
+        order_strides = (order_heads if layout.batch > 1 else 0, 1 if order_heads > 1 else 0)
+        del dims["BLOCK_C"]
+        attend_bwd_dkdv_kernel[(tiles * B * Hkv,)](
+            q, k, v, grad_out, q_desc, g_desc, lse, delta, _or(kept, lse), dk, dv,
+            *(columns or (dk, dv)), *lists, _or(order, lists[1]),
+            *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dk), *_strides(dv),
+            Hkv, call.gqa_group, q.shape[2], S, layout.num_query_blocks, layout.num_key_blocks,
+            *_list_strides(call), *order_strides, call.scale,
+            **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            HAS_ORDER=order is not None, MERGED=merged is not None, HAS_SKIP=kept is not None,
+            USE_TMA=use_tma, PRECISION=_precision(q), NUM_STAGES=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        return dk, dv
+
+    def _backward_columns(
+        self, call: AttendCall, lse: Tensor, delta: Tensor, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the columns add to dk (without the scale) and dv, float32, contiguous."""
+        from sparse_attn.kernels.attend_bwd import attend_bwd_columns_kernel
+
+        q, k, v, columns = call.q, call.k, call.v, call.layout.columns
+        assert columns is not None
+        B, Hq, L, _ = q.shape
+        dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
+        dv = torch.zeros(v.shape, dtype=torch.float32, device=v.device)
+        dims = _dims(call)
+        for name in ("HAS_COLUMNS", "QUERY_BLOCK", "KEY_BLOCK"):
+            del dims[name]
+        column_rows, group = _column_shape(call)
+        attend_bwd_columns_kernel[(B * Hq * column_rows * COLUMN_SPLITS,)](
+            q, k, v, grad_out, lse, delta, dk, dv, columns.offsets, columns.indices,
+            *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out),
+            Hq, call.gqa_group, L, k.shape[2], column_rows, group * call.layout.block_m, COLUMN_SPLITS,
+            *_list_strides(call), call.scale,
+            **dims, BLOCK_M=min(call.layout.block_m, dims["BLOCK_C"]), PRECISION=_precision(q),
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+        return dk, dv
+
+
+LOG2_E = 1.4426950408889634
+
+
+def _schedule(call: AttendCall) -> Schedule:
+    """The one that came through the operator; made here when the engine is called directly."""
+    return call.layout._cache.get(("schedule",)) or schedule_of(call)
+
+
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """A kernel argument that the compiled variant does not read still has to be a tensor."""
+    return placeholder if tensor is None else tensor
+
+
+def _dims(call: AttendCall) -> dict[str, Any]:
+    """Constants that all kernels share."""
+    from sparse_attn.kernels.configs import column_tile
+
+    D, Dv = call.q.shape[-1], call.v.shape[-1]
+    block_d, block_dv = (max(1 << (x - 1).bit_length(), 16) for x in (D, Dv))
+    return {
+        "HEAD_DIM": D,
+        "VALUE_DIM": Dv,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "BLOCK_C": column_tile(call.q.element_size(), max(block_d, block_dv)),
+        "QUERY_BLOCK": call.layout.block_m,
+        "KEY_BLOCK": call.layout.block_n,
+        "IS_CAUSAL": call.is_causal,
+        "HAS_COLUMNS": call.layout.columns is not None,
+    }
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3]
+
+
+def _lists(blocks: Any, bounds: Tensor, merged: MergedRows | None) -> tuple[Tensor, Tensor, Tensor]:
+    if merged is not None:
+        return merged.offsets, merged.indices, merged.bounds
+    return blocks.offsets, blocks.indices, bounds
+
+
+def _column_lists(call: AttendCall) -> tuple[Tensor, Tensor, Tensor]:
+    columns, blocks = call.layout.columns, call.layout.blocks
+    if columns is None:
+        return blocks.offsets, blocks.indices, blocks.indices
+    return columns.offsets, columns.indices, call.layout.column_bounds(call.is_causal)
+
+
+def _column_shape(call: AttendCall) -> tuple[int, int]:
+    """Column rows of one head, and query blocks that share one."""
+    columns = call.layout.columns
+    group = 1 if columns is None else columns.group
+    return ceil(call.layout.num_query_blocks / group), group
+
+
+def _list_strides(call: AttendCall) -> tuple[int, int, int]:
+    """Batch stride, head stride and head divisor of `kernels.softmax.list_group`."""
+    layout = call.layout
+    per_head = 1 if layout.heads == call.q.shape[1] else call.gqa_group
+    return (layout.heads if layout.batch > 1 else 0, 1 if layout.heads > 1 else 0, per_head)
+
+
+def _query_tiles(call: AttendCall, tile_m: int, merged: MergedRows | None) -> int:
+    """Programs of one head."""
+    layout = call.layout
+    if merged is not None:
+        return ceil(layout.num_query_blocks / merge_factor(layout.block_m))
+    return layout.num_query_blocks * (layout.block_m // tile_m)
+
+
+def _sign(x: float) -> int:
+    return (x > 0) - (x < 0)
+
+
+def _precision(q: Tensor) -> str:
+    tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+def _listed(call: AttendCall) -> Tensor:
+    """uint8 [B, Hq, Lb, Sb]: the listed, visible tiles; without a skip all of them are attended."""
+    from sparse_attn.layout import visible_blocks
+
+    layout = call.layout
+    mask = layout.block_mask()
+    if call.is_causal:
+        mask = mask & visible_blocks(layout.L, layout.S, layout.block_m, layout.block_n, layout.device)
+    if layout.heads not in (1, call.q.shape[1]):
+        mask = mask.repeat_interleave(call.gqa_group, 1)
+    return mask.expand(call.kept_shape).to(torch.uint8)
+
+
+def _descriptors(wanted: bool, *tensors: tuple[Tensor, int], rows: int) -> tuple[Any, Any, bool]:
+    """Tensor descriptors of [B, H, length, D] tensors, or the tensors where the hardware, the strides or
+    the alignment do not allow them."""
+    able = wanted and not _interprets() and all(_can_describe(x) for x, _ in tensors)
+    if not able:
+        return tensors[0][0], tensors[1][0], False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    first, second = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]) for x, width in tensors
+    )
+    return first, second, True
+
+
+def _can_describe(x: Tensor) -> bool:
+    if torch.cuda.get_device_capability(x.device)[0] < 9 or x.data_ptr() % 16:
+        return False
+    return all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])

@@ -1,0 +1,210 @@
+"""How the Triton engine walks a layout: the order of its rows, and small blocks merged into full tiles.
+
+A schedule changes when and in which company a query block is computed, never what it attends to. It is
+made once for a layout, on the device, without synchronising, and travels through the operators beside
+the lists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparse_attn.index_list import IndexList
+
+if TYPE_CHECKING:
+    from sparse_attn.engines.base import AttendCall
+    from sparse_attn.layout import SparseLayout
+
+MERGED_TILE = 128  # rows of a merged tile: a matrix instruction takes 64, two of them hide each other
+
+
+@dataclass(frozen=True, eq=False)
+class MergedRows:
+    """A list whose rows are the unions of `merge` rows of another list.
+
+    Attributes:
+        offsets: int64 [merged rows + 1].
+        indices: int32 [capacity]: number << merge | bits; bit x is set where the x-th of the merged
+            rows holds the number. Ascending within a row.
+        bounds: int32 [merged rows, 2], as `block_bounds` or `transposed_bounds`.
+    """
+
+    offsets: Tensor
+    indices: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Row orders and merged rows of a layout; None where they do not apply.
+
+    Attributes:
+        order: int32 [B' * H', Lb]: query blocks, longest row first.
+        merged: query blocks `order[g, x * merge : (x + 1) * merge]` as one row.
+        t_order: int32 [B' * (1 or Hkv), Sb]: key blocks, longest transposed row first.
+        t_merged: the same for the transposed list; its rows are counted by the layout's heads.
+    """
+
+    order: Tensor | None = None
+    merged: MergedRows | None = None
+    t_order: Tensor | None = None
+    t_merged: MergedRows | None = None
+
+    def flat(self) -> tuple[Tensor | None, ...]:
+        parts = []
+        for order, merged in ((self.order, self.merged), (self.t_order, self.t_merged)):
+            parts += [order]
+            parts += [None] * 3 if merged is None else [merged.offsets, merged.indices, merged.bounds]
+        return tuple(parts)
+
+    @staticmethod
+    def from_flat(parts: tuple[Tensor | None, ...]) -> Schedule:
+        order, rows, indices, bounds, t_order, t_rows, t_indices, t_bounds = parts
+        merged = None if rows is None else MergedRows(rows, indices, bounds)  # type: ignore[arg-type]
+        t_merged = None if t_rows is None else MergedRows(t_rows, t_indices, t_bounds)  # type: ignore[arg-type]
+        return Schedule(order, merged, t_order, t_merged)
+
+
+NUM_FLAT = 8
+
+
+def schedule_of(call: AttendCall) -> Schedule:
+    """The schedule of a call, cached on its layout."""
+    layout, causal = call.layout, call.is_causal
+    merges = layout.neighbours_alike and call.skip_below is None and layout.columns is None
+    merges = merges and call.q.element_size() == 2  # a 128-row tile of fp32 leaves no room for keys
+    order = layout._cached(("order", causal), lambda: _row_order(layout, causal))
+    merged = t_order = t_merged = None
+    merge = merge_factor(layout.block_m) if merges else 1
+    if merge > 1:
+        merged = layout._cached(("merged", causal), lambda: _merge_queries(layout, causal, order, merge))
+    if call.needs_grad:
+        heads, group = t_order_heads(layout.heads, call.k.shape[1]), 1
+        group = layout.heads // heads
+        t_order = layout._cached(("t_order", causal, group), lambda: _transposed_order(layout, causal, group))
+        merge = merge_factor(layout.block_n) if merges else 1
+        if merge > 1:
+            t_merged = layout._cached(
+                ("t_merged", causal, group), lambda: _merge_keys(layout, causal, t_order, group, merge)
+            )
+    return Schedule(order, merged, t_order, t_merged)
+
+
+def merge_factor(block: int) -> int:
+    """How many blocks of this size share a merged tile; 1 means no merging."""
+    return max(MERGED_TILE // block, 1) if block >= 16 else 1
+
+
+def t_order_heads(layout_heads: int, kv_heads: int) -> int:
+    """Head count of a transposed order: one program serves all query heads of a key head."""
+    return min(layout_heads, kv_heads)
+
+
+def _longest_first(lengths: Tensor) -> Tensor:
+    """int32, the shape of lengths: positions in each row of `lengths`, largest first, ties in order."""
+    return torch.sort(lengths, dim=-1, descending=True, stable=True).indices.to(torch.int32)
+
+
+def _row_order(layout: SparseLayout, causal: bool) -> Tensor:
+    lengths = layout.block_bounds(causal)[:, 1]
+    if layout.columns is not None:
+        lengths = lengths * layout.block_n + layout.column_bounds(causal)[:, 1]
+    return _longest_first(lengths.view(-1, layout.num_query_blocks))
+
+
+def _transposed_order(layout: SparseLayout, causal: bool, group: int) -> Tensor:
+    lengths = layout.transposed().lengths - layout.transposed_bounds(causal)[:, 0]
+    return _longest_first(lengths.view(-1, group, layout.num_key_blocks).sum(1))
+
+
+def _merge_queries(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> MergedRows:
+    offsets, indices = merge_rows(layout.blocks, order, layout.num_key_blocks, merge)
+    members = _members(order, merge)  # [groups, tiles, merge]
+    whole = torch.full_like(members, layout.S // layout.block_n)
+    some = torch.full_like(members, layout.num_key_blocks)
+    if causal:
+        first, last = layout._query_range()
+        first, last = first[members], last[members]
+        whole = whole.minimum(torch.div(first + 1, layout.block_n, rounding_mode="floor"))
+        some = some.minimum(torch.div(last, layout.block_n, rounding_mode="floor") + 1)
+    limits = (whole.amin(-1), some.amax(-1))
+    return MergedRows(offsets, indices, _bounds(offsets, indices, limits, layout.num_key_blocks, merge))
+
+
+def _merge_keys(layout: SparseLayout, causal: bool, order: Tensor, group: int, merge: int) -> MergedRows:
+    order = order.repeat_interleave(group, 0)
+    offsets, indices = merge_rows(layout.transposed(), order, layout.num_query_blocks, merge)
+    members = _members(order, merge)
+    some, whole = torch.zeros_like(members), torch.zeros_like(members)
+    if causal:
+        first_key = members * layout.block_n
+        last_key = (first_key + layout.block_n - 1).clamp(max=layout.S - 1)
+        shift = layout.S - layout.L
+        some = torch.div((first_key - shift).clamp(min=0), layout.block_m, rounding_mode="floor")
+        whole = torch.div(last_key - shift + layout.block_m - 1, layout.block_m, rounding_mode="floor")
+    limits = (some.amin(-1), whole.amax(-1))
+    return MergedRows(offsets, indices, _bounds(offsets, indices, limits, layout.num_query_blocks, merge))
+
+
+def _members(order: Tensor, merge: int) -> Tensor:
+    """int64 [groups, tiles, merge]: the blocks of each tile; a short last tile repeats its last block."""
+    tiles = ceil(order.shape[1] / merge)
+    place = torch.arange(tiles * merge, device=order.device).clamp(max=order.shape[1] - 1)
+    return order.long()[:, place].view(-1, tiles, merge)
+
+
+def _bounds(
+    offsets: Tensor, indices: Tensor, limits: tuple[Tensor, Tensor], width: int, merge: int
+) -> Tensor:
+    """int32 [rows, 2]: how many leading entries of each merged row have a number below each limit."""
+    row = torch.arange(offsets.numel() - 1, device=offsets.device)
+    lists = IndexList(offsets, indices)
+    pair = [lists.lower_bound(row, x.flatten() << merge, width) for x in limits]
+    return torch.stack(pair, -1).to(torch.int32)
+
+
+def merge_rows(lists: IndexList, order: Tensor, width: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Unite `merge` consecutive rows of `order`.
+
+    Args:
+        lists: rows = groups * n, row-major.
+        order: int32 [groups, n], a permutation of 0..n-1 for each group.
+        width: indices are below it; width < 2 ** (31 - merge).
+
+    Returns:
+        offsets int64 [groups * ceil(n / merge) + 1] and indices int32 [capacity] of `MergedRows`.
+    """
+    groups, n = order.shape
+    tiles = ceil(n / merge)
+    device = order.device
+    place = torch.empty_like(order)
+    place.scatter_(1, order.long(), torch.arange(n, dtype=torch.int32, device=device).expand(groups, n))
+    place = torch.cat([place.flatten(), place.new_zeros(1)])  # unused entries have row = groups * n
+
+    row = lists.row_of_entry()
+    used = row < lists.rows
+    group = torch.div(row, n, rounding_mode="floor")
+    at = place[row.clamp(max=groups * n)].long()
+    merged_row = group * tiles + torch.div(at, merge, rounding_mode="floor")
+    key = torch.where(used, merged_row * width + lists.indices, groups * tiles * width)
+    key, by_key = torch.sort(key)
+    used = used[by_key]
+
+    first = torch.ones_like(used)
+    first[1:] = key[1:] != key[:-1]
+    first &= used
+    found = torch.cumsum(first, 0)  # distinct numbers up to and including each entry
+    slot = torch.where(used, found - 1, lists.capacity)
+    number = lists.indices[by_key].long() << merge
+    word = torch.where(first, number, 0) + (1 << (at[by_key] % merge))
+    indices = torch.zeros(lists.capacity + 1, dtype=torch.int64, device=device)
+    indices.scatter_add_(0, slot, word)
+
+    starts = torch.arange(groups * tiles + 1, device=device) * width
+    found = torch.cat([found.new_zeros(1), found])
+    return found[torch.searchsorted(key, starts)], indices[:-1].to(torch.int32)
