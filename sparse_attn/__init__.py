@@ -2,15 +2,25 @@
 
 from sparse_attn.attend import attend
 from sparse_attn.engines import use_engine
-from sparse_attn.functional import anchor_attention, blasst_attention, s2_attention, sparse_attention
+from sparse_attn.functional import (
+    anchor_attention,
+    blasst_attention,
+    s2_attention,
+    sparse_attention,
+    sparsed_attention,
+)
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.s2 import S2Config
+from sparse_attn.methods.sparsed import SparseDConfig
 from sparse_attn.plan import Plan
+from sparse_attn.reuse import LayoutCache
 from sparse_attn.version import __version__
 
 __all__ = [
+    "LayoutCache",
     "Plan",
     "S2Config",
+    "SparseDConfig",
     "SparseLayout",
     "__version__",
     "anchor_attention",
@@ -18,5 +28,6 @@ __all__ = [
     "blasst_attention",
     "s2_attention",
     "sparse_attention",
+    "sparsed_attention",
     "use_engine",
 ]

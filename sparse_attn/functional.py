@@ -13,6 +13,7 @@ from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.anchor import anchor_attention
 from sparse_attn.methods.blasst import blasst_attention
 from sparse_attn.methods.s2 import s2_attention
+from sparse_attn.methods.sparsed import sparsed_attention
 from sparse_attn.plan import Plan
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "blasst_attention",
     "s2_attention",
     "sparse_attention",
+    "sparsed_attention",
 ]
 
 

@@ -8,11 +8,13 @@ from sparse_attn.methods.anchor import ANCHOR
 from sparse_attn.methods.base import Context, Method
 from sparse_attn.methods.blasst import BLASST
 from sparse_attn.methods.s2 import S2
+from sparse_attn.methods.sparsed import SPARSED
 
 METHODS: dict[str, Method] = {
     BLASST.name: BLASST,
     ANCHOR.name: ANCHOR,
     S2.name: S2,
+    SPARSED.name: SPARSED,
 }
 
 __all__ = ["METHODS", "Context", "Method"]

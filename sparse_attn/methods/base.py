@@ -21,7 +21,7 @@ class Context:
         layer: layer number, from 0.
         head_offset: global number of the first query head (tensor parallelism).
         step, num_steps: denoising step, from 0, and their total.
-        prompt_len: prompt tokens before the generated ones.
+        prompt_len: prompt tokens before the generated ones; an int, or an integer tensor [B].
         cache: a `LayoutCache` owned by the caller.
     """
 
@@ -29,7 +29,7 @@ class Context:
     head_offset: int = 0
     step: int | None = None
     num_steps: int | None = None
-    prompt_len: int | None = None
+    prompt_len: int | Tensor | None = None
     cache: Any = None
 
 
