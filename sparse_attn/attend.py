@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from sparse_attn.checks import check_inputs, check_layout
+from sparse_attn.checks import autocast, check_call
 from sparse_attn.engines import AttendCall, choose
 from sparse_attn.ops import attend_fwd, flatten
 from sparse_attn.plan import Plan
@@ -55,12 +57,16 @@ def attend(
         op: the name that error messages start with.
 
     Raises:
-        ValueError: a bad argument, with the remedy.
-        NotImplementedError: no engine can run the call, with every engine's reasons.
+        ValueError: a bad argument, with the remedy; with SPARSE_ATTN_DEBUG=1 in the environment also
+            a layout that breaks an invariant (`SparseLayout.check`, which synchronises).
+        NotImplementedError: no engine can run the call, with every engine's reasons; or the inputs
+            carry tangents of forward-mode differentiation.
     """
-    query, key, value = _autocast(query, key, value)
-    check_inputs(op, query, key, value, enable_gqa)
-    check_layout(op, plan.layout, query, key)
+    query, key, value = autocast(query, key, value)
+    check_call(op, query, key, value, plan, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    _refuse_tangents(op, query, key, value)
+    if os.environ.get("SPARSE_ATTN_DEBUG") == "1":
+        plan.layout.check()
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     skips = plan.skip_below is not None
@@ -72,10 +78,10 @@ def attend(
     return Attended(out, lse, kept if want_kept else None)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under `torch.autocast`, cast as `scaled_dot_product_attention` does."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+def _refuse_tangents(op: str, *tensors: Tensor) -> None:
+    """An operator without a forward-mode rule would return a tangent of zero, silently."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"{op}: forward-mode differentiation (torch.func.jvp, forward_ad) is not supported; "
+            "use reverse mode (backward, torch.autograd.grad)."
+        )

@@ -3,29 +3,95 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
 from sparse_attn.layout import SparseLayout
+from sparse_attn.plan import Plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 
 
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under `torch.autocast`, cast as `scaled_dot_product_attention` does: all but float64."""
+    device = query.device.type if isinstance(query, Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return _cast(query, dtype), _cast(key, dtype), _cast(value, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(dtype) if castable else x
+
+
 def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    """Raise one ValueError that lists everything wrong with query, key and value."""
+    """Raise one ValueError that lists everything wrong with query, key and value (as autocast, where
+    it is on, will cast them)."""
+    _raise(op, _input_problems(*autocast(query, key, value), enable_gqa))
+
+
+def check_call(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    *,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> None:
+    """Raise one ValueError that lists everything wrong with a call of `attend`."""
+    problems = _input_problems(query, key, value, enable_gqa)
+    inputs_fit = not problems
+    if scale is not None:
+        problems += _scale_problems(scale)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            problems.append(f"{name} is {type(flag).__name__}; it must be True or False")
+    if not isinstance(plan, Plan):
+        problems.append(f"plan is {type(plan).__name__}; it must be a Plan")
+    elif not isinstance(plan.layout, SparseLayout):
+        problems.append(f"layout is {type(plan.layout).__name__}; it must be a SparseLayout")
+    elif inputs_fit:
+        problems += _layout_problems(plan.layout, query, key)
+        problems += _skip_problems(plan.skip_below, query)
+    _raise(op, problems)
+
+
+def _raise(op: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{op}: " + "; ".join(problems) + ".")
+
+
+def _input_problems(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[str]:
     tensors = {"query": query, "key": key, "value": value}
     problems = []
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             problems.append(f"{name} is {type(x).__name__}; it must be a torch.Tensor")
+        elif x.layout != torch.strided:
+            problems.append(f"{name} has layout {x.layout}; it must be dense (pad nested tensors)")
         elif x.dim() != 4:
             problems.append(f"{name} has {x.dim()} dimensions; expected 4: (batch, heads, length, head_dim)")
-    if not problems:
-        problems = _check_shapes(query, key, value, enable_gqa) + _check_kinds(tensors)
     if problems:
-        raise ValueError(f"{op}: " + "; ".join(problems) + ".")
+        return problems
+    return _check_shapes(query, key, value, enable_gqa) + _check_kinds(tensors)
+
+
+def _scale_problems(scale: float) -> list[str]:
+    if isinstance(scale, Tensor):
+        return ["scale is a Tensor; pass a plain number (scale.item()), since no gradient reaches it"]
+    if not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        return [f"scale is {type(scale).__name__}; it must be a number or None (head_dim ** -0.5)"]
+    if not abs(scale) < math.inf:
+        return [f"scale is {scale}; it must be finite"]
+    return []
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[str]:
@@ -82,10 +148,7 @@ def _check_kinds(tensors: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def check_layout(op: str, layout: SparseLayout, query: Tensor, key: Tensor) -> None:
-    """Raise one ValueError if the layout was made for other tensors."""
-    if not isinstance(layout, SparseLayout):
-        raise ValueError(f"{op}: layout is {type(layout).__name__}; it must be a SparseLayout.")
+def _layout_problems(layout: SparseLayout, query: Tensor, key: Tensor) -> list[str]:
     B, Hq, L = query.shape[:3]
     Hkv, S = key.shape[1:3]
     problems = []
@@ -104,8 +167,26 @@ def check_layout(op: str, layout: SparseLayout, query: Tensor, key: Tensor) -> N
         problems.append(
             f"the layout is on {layout.device} but query is on {query.device}; use layout.to(query.device)"
         )
-    if problems:
-        raise ValueError(f"{op}: " + "; ".join(problems) + ".")
+    return problems
+
+
+def _skip_problems(skip_below: Tensor | None, query: Tensor) -> list[str]:
+    if skip_below is None:
+        return []
+    if not isinstance(skip_below, Tensor):
+        return [f"skip_below is {type(skip_below).__name__}; it must be a float32 tensor [B, Hq] or None"]
+    problems = []
+    shape = tuple(query.shape[:2])
+    if tuple(skip_below.shape) != shape or skip_below.dtype != torch.float32:
+        problems.append(
+            f"skip_below is {skip_below.dtype} {tuple(skip_below.shape)}; it must be float32 {shape}: "
+            "(batch, query heads)"
+        )
+    if skip_below.device != query.device:
+        problems.append(f"skip_below is on {skip_below.device} but query is on {query.device}; move it")
+    if skip_below.requires_grad:
+        problems.append("skip_below requires grad, but a threshold has no gradient; detach it")
+    return problems
 
 
 def check_finite(op: str, name: str, value: float) -> None:
