@@ -8,10 +8,12 @@ from sparse_attn.functional import (
     s2_attention,
     sparse_attention,
     sparsed_attention,
+    vdit_attention,
 )
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.s2 import S2Config
 from sparse_attn.methods.sparsed import SparseDConfig
+from sparse_attn.methods.vdit import VDiTConfig
 from sparse_attn.plan import Plan
 from sparse_attn.reuse import LayoutCache
 from sparse_attn.version import __version__
@@ -22,6 +24,7 @@ __all__ = [
     "S2Config",
     "SparseDConfig",
     "SparseLayout",
+    "VDiTConfig",
     "__version__",
     "anchor_attention",
     "attend",
@@ -30,4 +33,5 @@ __all__ = [
     "sparse_attention",
     "sparsed_attention",
     "use_engine",
+    "vdit_attention",
 ]

@@ -14,6 +14,7 @@ from sparse_attn.methods.anchor import anchor_attention
 from sparse_attn.methods.blasst import blasst_attention
 from sparse_attn.methods.s2 import s2_attention
 from sparse_attn.methods.sparsed import sparsed_attention
+from sparse_attn.methods.vdit import vdit_attention
 from sparse_attn.plan import Plan
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "s2_attention",
     "sparse_attention",
     "sparsed_attention",
+    "vdit_attention",
 ]
 
 

@@ -9,11 +9,13 @@ from sparse_attn.methods.base import Context, Method
 from sparse_attn.methods.blasst import BLASST
 from sparse_attn.methods.s2 import S2
 from sparse_attn.methods.sparsed import SPARSED
+from sparse_attn.methods.vdit import VDIT
 
 METHODS: dict[str, Method] = {
     BLASST.name: BLASST,
     ANCHOR.name: ANCHOR,
     S2.name: S2,
+    VDIT.name: VDIT,
     SPARSED.name: SPARSED,
 }
 

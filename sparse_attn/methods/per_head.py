@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
@@ -79,10 +80,14 @@ class LayoutLru:
         return layout
 
 
-def _num_bytes(layout: SparseLayout) -> int:
-    lists = [layout.blocks, layout.columns, *list(layout._cache.values())]
-    tensors = [x for x in lists if isinstance(x, Tensor)]
-    for held in lists:
-        if isinstance(held, IndexList):
-            tensors += [held.offsets, held.indices]
-    return sum(x.numel() * x.element_size() for x in tensors)
+def _num_bytes(held: object) -> int:
+    """Bytes of the tensors in a layout, its lists, or whatever an engine derived from them."""
+    if isinstance(held, Tensor):
+        return held.numel() * held.element_size()
+    if is_dataclass(held):
+        return sum(_num_bytes(getattr(held, f.name)) for f in fields(held))
+    if isinstance(held, dict):
+        return sum(_num_bytes(x) for x in held.values())
+    if isinstance(held, (tuple, list)):
+        return sum(_num_bytes(x) for x in held)
+    return 0

@@ -230,7 +230,7 @@ def _build(
     lists = [_head_list(config, L, S, shift, is_causal, device) for shift in distinct]
     blocks = join_heads(lists, [distinct.index(x) for x in shifts])
     size = config.block_size
-    return SparseLayout(blocks, size, size, L, S, 1, len(shifts))
+    return SparseLayout(blocks, size, size, L, S, 1, len(shifts), neighbours_alike=True)
 
 
 def _head_list(
