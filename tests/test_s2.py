@@ -169,7 +169,7 @@ def test_long_context_needs_little_more_than_the_layout():
 
     config, S = S2Config(), 131072
     with PeakBytes() as memory:
-        layout = _build(config, S, S, config.shifts(32), True, torch.device("cpu"))
+        layout = _build((64, 16, 8, 0), S, S, config.shifts(32), True, True, device=torch.device("cpu"))
     size = layout.blocks.indices.nbytes + layout.blocks.offsets.nbytes
     # A mask of this size would be 134 MB, a padded index list 537 MB.
     assert memory.peak > size > 30e6
@@ -369,3 +369,40 @@ def test_gqa_without_leave_and_wrong_rank_are_refused():
         sa.s2_attention(q[0], q, q)
     with pytest.raises(ValueError, match="length is 0"):
         S2Config().validate(4, 4, 0)
+
+
+# -- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.mark.plain_empty
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_compiles_into_one_graph_with_its_layout(grad):
+    args = {"block_size": 8, "local_blocks": 2, "vert_stride": 3, "engine": "reference", "enable_gqa": True}
+
+    def call(q, k, v):
+        return sa.s2_attention(q, k, v, **args) * 2
+
+    q, k, v = make_inputs(heads=6, kv_heads=3, L=40, S=64, head_dim=16, requires_grad=grad)
+    torch._dynamo.reset()
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v)
+    expected = call(q, k, v)
+    assert torch.equal(out, expected)
+    if grad:
+        grads = [torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.plain_empty
+def test_layout_operator_tells_its_shapes_and_gives_copies():
+    from sparse_attn.methods.per_head import _constants, shape_layout
+
+    args, cpu = ((8, 2, 3, 0), 40, 64, (0, 1, 2), True, True), torch.device("cpu")
+    _, sizes, text = _constants("s2", args)
+    op = torch.ops.sparse_attn.layout_lists.default
+    torch.library.opcheck(op, ("s2", text, sizes, True, cpu), test_utils=("test_schema", "test_faketensor"))
+    layout = shape_layout("s2", args, cpu, True)
+    offsets, indices, bounds, *columns = op("s2", text, sizes, True, cpu)
+    assert torch.equal(offsets, layout.blocks.offsets) and torch.equal(bounds, layout.block_bounds(True))
+    indices.fill_(0)
+    assert layout.blocks.indices.sum() > 0 and all(x.numel() == 0 for x in columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_a_real_model_needs_little_more_than_its_layout():
     patterns += ["vertical_stripe:first_frame", "vertical_stripe:256,single"]
     config = VDiTConfig(patterns, (33, 45, 80), text_len=256)
     with PeakBytes() as memory:
-        layout = _build(config.patterns, config.tokens, torch.device("cpu"))
+        layout = _build(tuple(map(str, config.patterns)), astuple(config.tokens), device=torch.device("cpu"))
     lists = (layout.blocks.offsets, layout.blocks.indices, layout.columns.offsets, layout.columns.indices)
     size = sum(x.nbytes for x in lists)
     assert layout.heads == 24 and memory.peak > size > 2e7
@@ -351,3 +352,26 @@ def test_other_lengths_of_keys_are_refused():
         sa.vdit_attention(q, k, k, patterns="full", grid=(5, 5, 1), text_len=5, text_valid=3)
     with pytest.raises(ValueError, match="vdit_attention: key has 3 dimensions"):
         sa.vdit_attention(q, q[0], q, patterns="full", grid=(5, 5, 1), text_len=5, text_valid=3)
+
+
+# -- torch.compile --------------------------------------------------------------------------------
+
+
+@pytest.mark.plain_empty
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_compiles_into_one_graph_with_its_layout(grad):
+    def call(q):
+        return sa.vdit_attention(
+            q, q, q, patterns=ALL_KINDS, grid=(3, 4, 5), text_len=9, text_valid=4, block_size=8,
+            skip_value="mean", engine="reference",
+        ) * 2  # fmt: skip
+
+    q, _, _ = make_inputs(heads=7, L=69, head_dim=16, requires_grad=grad)
+    torch._dynamo.reset()
+    out = torch.compile(call, fullgraph=True, backend="aot_eager")(q)
+    expected = call(q)
+    assert torch.equal(out, expected)
+    if grad:
+        found, wanted = (torch.autograd.grad(x.sum(), q)[0] for x in (out, expected))
+        assert torch.equal(found, wanted)

@@ -1,11 +1,18 @@
-"""Layouts that depend on shapes alone: one list for each distinct head, joined, and kept in a cache."""
+"""Layouts that depend on shapes alone: one list for each distinct head, joined, and kept in a cache.
+
+Under `torch.compile` such a layout is a constant of the graph. It enters as the result of an operator,
+`sparse_attn::layout_lists`, whose arguments name the builder and its arguments as text: a graph that is
+saved and loaded in another process finds or builds the same layout there.
+"""
 
 from __future__ import annotations
 
+import ast
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,3 +98,89 @@ def _num_bytes(held: object) -> int:
     if isinstance(held, (tuple, list)):
         return sum(_num_bytes(x) for x in held)
     return 0
+
+
+# -- constants of compiled graphs -----------------------------------------------------------------
+
+_MAKERS: dict[str, tuple[Callable[..., SparseLayout], LayoutLru]] = {}
+
+
+def register_maker(name: str, build: Callable[..., SparseLayout], max_bytes: int) -> None:
+    """Make `shape_layout(name, ...)` known.
+
+    Args:
+        build: (*args, device) -> layout, where args are plain literals (numbers, strings, None, tuples).
+        max_bytes: bound on what its cached layouts hold.
+    """
+    _MAKERS[name] = (build, LayoutLru(max_bytes))
+
+
+def shape_layout(name: str, args: tuple[Any, ...], device: torch.device, is_causal: bool) -> SparseLayout:
+    """The layout that a registered builder makes of `args`, from its cache where it was made before.
+
+    Args:
+        is_causal: how the layout will be attended; in a compiled graph the bounds for it come along.
+    """
+    if not torch.compiler.is_compiling():
+        return _make(name, args, device)
+    shape, sizes, text = _constants(name, args)
+    block_m, block_n, L, S, heads, group, alike = shape
+    offsets, indices, bounds, *column_parts = torch.ops.sparse_attn.layout_lists(
+        name, text, sizes, is_causal, device
+    )
+    cache: dict[Any, Any] = {("block_bounds", is_causal): bounds}
+    columns = None
+    if group:
+        columns = IndexList(column_parts[0], column_parts[1], group)
+        cache[("column_bounds", is_causal)] = column_parts[2]
+    blocks = IndexList(offsets, indices)
+    return SparseLayout(blocks, block_m, block_n, L, S, 1, heads, columns, cache, alike)
+
+
+def _make(name: str, args: tuple[Any, ...], device: torch.device) -> SparseLayout:
+    build, cache = _MAKERS[name]
+    return cache.get((args, device), lambda: build(*args, device=device))
+
+
+@torch.compiler.assume_constant_result
+def _constants(name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], str]:
+    """What a graph must know of a layout: its shape, the sizes of its tensors, its arguments as text."""
+    layout = _make(name, args, torch.device("cpu"))
+    columns = layout.columns
+    shape = (
+        layout.block_m, layout.block_n, layout.L, layout.S, layout.heads,
+        0 if columns is None else columns.group, layout.neighbours_alike,
+    )  # fmt: skip
+    sizes = [layout.blocks.rows, layout.blocks.capacity]
+    sizes += [0, 0] if columns is None else [columns.rows, columns.capacity]
+    return shape, sizes, repr(args)
+
+
+torch.library.define(
+    "sparse_attn::layout_lists",
+    "(str name, str args, int[] sizes, bool is_causal, Device device)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _layout_lists(name, args, sizes, is_causal, device):
+    layout = _make(name, ast.literal_eval(args), device)
+    parts = [layout.blocks.offsets, layout.blocks.indices, layout.block_bounds(is_causal)]
+    if layout.columns is not None:
+        parts += [layout.columns.offsets, layout.columns.indices, layout.column_bounds(is_causal)]
+    parts += [torch.empty(0, dtype=x.dtype, device=device) for x in parts[: 6 - len(parts)]]
+    # A graph may reuse or overwrite what an operator returns; the cached tensors must stay as they are.
+    return tuple(x.clone() for x in parts)
+
+
+def _layout_lists_fake(name, args, sizes, is_causal, device):
+    parts = []
+    for rows, capacity in (sizes[:2], sizes[2:]):
+        parts += [torch.empty(rows + 1 if capacity else 0, dtype=torch.int64, device=device)]
+        parts += [torch.empty(capacity, dtype=torch.int32, device=device)]
+        parts += [torch.empty((rows, 2) if capacity else 0, dtype=torch.int32, device=device)]
+    return tuple(parts)
+
+
+torch.library.impl("sparse_attn::layout_lists", "CompositeExplicitAutograd", _layout_lists)
+torch.library.register_fake("sparse_attn::layout_lists", _layout_lists_fake)

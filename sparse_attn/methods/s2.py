@@ -22,11 +22,10 @@ from torch import Tensor
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.base import Context, Method, run
-from sparse_attn.methods.per_head import LayoutLru, join_heads
+from sparse_attn.methods.per_head import join_heads, register_maker, shape_layout
 from sparse_attn.plan import Plan
 
 _CHUNK = 1 << 20  # list entries computed at once, to bound the memory of a build
-_CACHE = LayoutLru(max_bytes=256 << 20)
 
 
 @dataclass(frozen=True)
@@ -186,8 +185,10 @@ def s2_layout(
         shifts = [None]
     if len(set(shifts)) == 1:
         shifts = shifts[:1]
-    args = (config, L, S, tuple(shifts), is_causal, device)
-    return _CACHE.get(args, lambda: _build(*args))
+    pattern = (config.block_size, config.local_blocks, config.vert_stride, config.sink_blocks)
+    sees_all_heads = config.num_heads is None
+    args = (pattern, L, S, tuple(shifts), is_causal, sees_all_heads)
+    return shape_layout("s2", args, device, is_causal)
 
 
 def _local_shifts(config: S2Config, num_heads: int, num_kv_heads: int, head_offset: int) -> list[int | None]:
@@ -222,15 +223,27 @@ def _local_shifts(config: S2Config, num_heads: int, num_kv_heads: int, head_offs
 
 
 def _build(
-    config: S2Config, L: int, S: int, shifts: Sequence[int | None], is_causal: bool, device: torch.device
+    pattern: tuple[int, int, int, int],
+    L: int,
+    S: int,
+    shifts: Sequence[int | None],
+    is_causal: bool,
+    sees_all_heads: bool,
+    *,
+    device: torch.device,
 ) -> SparseLayout:
-    if config.vert_stride > 1 and len(shifts) > 1:
+    """Makes what `s2_layout` gives; `pattern` is the first four settings of an `S2Config`."""
+    config = S2Config(*pattern)
+    if sees_all_heads and config.vert_stride > 1 and len(shifts) > 1:
         _warn_of_gaps(config, S, shifts, is_causal)
     distinct = list(dict.fromkeys(shifts))
     lists = [_head_list(config, L, S, shift, is_causal, device) for shift in distinct]
     blocks = join_heads(lists, [distinct.index(x) for x in shifts])
     size = config.block_size
     return SparseLayout(blocks, size, size, L, S, 1, len(shifts), neighbours_alike=True)
+
+
+register_maker("s2", _build, max_bytes=256 << 20)
 
 
 def _head_list(
@@ -282,8 +295,6 @@ def _from_runs(runs: list[tuple[Tensor, int, Tensor]]) -> IndexList:
 
 
 def _warn_of_gaps(config: S2Config, S: int, shifts: Sequence[int | None], is_causal: bool) -> None:
-    if config.num_heads is not None:
-        return  # a rank sees only a part of the heads; `S2Config.validate` sees them all
     missing = missing_residues(config, shifts, S, is_causal)
     if missing:
         warnings.warn(

@@ -8,7 +8,7 @@ here the patterns are given, and heads of all kinds run in one call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -17,12 +17,10 @@ from torch import Tensor
 from sparse_attn.checks import check_inputs
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.base import Context, Method, run
-from sparse_attn.methods.per_head import LayoutLru, join_heads
+from sparse_attn.methods.per_head import join_heads, register_maker, shape_layout
 from sparse_attn.methods.vdit_blocks import TokenGrid, head_lists
 from sparse_attn.methods.vdit_patterns import Pattern, Skip, parse_pattern
 from sparse_attn.plan import Plan
-
-_CACHE = LayoutLru(max_bytes=512 << 20)  # a recipe of 60 layers at 120k tokens holds about this much
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,13 @@ def vdit_layout(config: VDiTConfig, device: torch.device | str | None = None) ->
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     patterns = config.patterns[:1] if len(set(config.patterns)) == 1 else config.patterns
-    tokens = config.tokens
-    return _CACHE.get((patterns, tokens, device), lambda: _build(patterns, tokens, device))
+    args = (tuple(str(x) for x in patterns), astuple(config.tokens))
+    return shape_layout("vdit", args, device, is_causal=False)
 
 
-def _build(patterns: tuple[Pattern, ...], tokens: TokenGrid, device: torch.device) -> SparseLayout:
+def _build(specs: tuple[str, ...], tokens_of: tuple[Any, ...], *, device: torch.device) -> SparseLayout:
+    """Makes what `vdit_layout` gives, from the patterns and the `TokenGrid` as literals."""
+    patterns, tokens = [parse_pattern(x) for x in specs], TokenGrid(*tokens_of)
     distinct = list(dict.fromkeys(patterns))
     number = [distinct.index(x) for x in patterns]
     lists = [head_lists(x, tokens, device) for x in distinct]
@@ -126,6 +126,10 @@ def _build(patterns: tuple[Pattern, ...], tokens: TokenGrid, device: torch.devic
     blocks = join_heads([x for x, _ in lists], number)
     size = tokens.block_size
     return SparseLayout(blocks, size, size, tokens.L, tokens.S, 1, len(patterns), columns)
+
+
+# A recipe of 60 layers at 120k tokens holds about this much.
+register_maker("vdit", _build, max_bytes=512 << 20)
 
 
 def vdit_densities(config: VDiTConfig) -> list[float]:

@@ -232,6 +232,8 @@ PATTERNS: dict[str, type[Pattern]] = {
     cls.name: cls for cls in (Full, Skip, Diagonal, MultiDiagonal, VerticalStripe, Union)
 }
 
+_SETTINGS = {name: [f.name for f in fields(cls)] for name, cls in PATTERNS.items()}
+
 
 def parse_pattern(spec: Pattern | str | Mapping[str, Any]) -> Pattern:
     """The pattern that a string, a dict or a pattern stands for (see the top of this file).
@@ -264,7 +266,7 @@ def _make(name: Any, settings: dict[str, Any], spec: Any) -> Pattern:
         raise ValueError(
             f"vdit_attention: unknown pattern {name!r} in {spec!r}; choose one of {', '.join(PATTERNS)}."
         )
-    known = [f.name for f in fields(cls)]
+    known = _SETTINGS[name]
     unknown = [x for x in settings if x not in known]
     if unknown:
         raise ValueError(
