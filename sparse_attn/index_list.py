@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_INT32_MAX = 2**31 - 1
+_CHUNK = 1 << 22  # mask elements or entries handled at once, to bound the memory of 64-bit slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +23,14 @@ class IndexList:
         offsets: int64 [rows + 1], ascending, `offsets[0] == 0`.
         indices: int32 [capacity], capacity >= 1. Entries from `offsets[-1]` on are never read.
         group: number of consecutive query blocks that share one row.
+        needed: int64 [], how many entries the builder wanted to store, where it was given a capacity:
+            more than `capacity` means that entries were lost, which `SparseLayout.check` reports.
     """
 
     offsets: Tensor
     indices: Tensor
     group: int = 1
+    needed: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -49,46 +52,68 @@ class IndexList:
         Args:
             mask: bool [rows, width]; the true positions of a row become its indices.
             group: stored on the list.
-            capacity: size of `indices`. Given: no host synchronisation, and true positions past
-                the capacity are lost (`SparseLayout.check` reports them). None: exact size.
+            capacity: size of `indices`. Given: no host synchronisation; true positions past the
+                capacity are lost from the end (`SparseLayout.check` reports it), and no offset points
+                past the memory. None: exact size.
         """
         rows, width = mask.shape
         offsets = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
         torch.cumsum(mask.sum(-1), 0, out=offsets[1:])
-        if capacity is None:
-            positions = mask.nonzero()[:, 1].to(torch.int32)
-            if positions.numel() == 0:
-                positions = positions.new_zeros(1)
-            return IndexList(offsets, positions, group)
-        capacity = max(capacity, 1)
-        rank = torch.cumsum(mask, -1, dtype=torch.int32).sub_(1)
-        slot = (offsets[:-1, None] + rank).masked_fill_(~mask, capacity).clamp_(max=capacity)
+        needed = None if capacity is None else offsets[-1].clone()
+        capacity = max(int(offsets[-1]) if capacity is None else capacity, 1)
+        # One more slot takes what does not count, so that nothing depends on how much that is.
         indices = torch.zeros(capacity + 1, dtype=torch.int32, device=mask.device)
-        numbers = torch.arange(width, dtype=torch.int32, device=mask.device).expand(rows, width)
-        indices.scatter_(0, slot.flatten(), numbers.reshape(-1))
-        return IndexList(offsets, indices[:capacity], group)
+        step = max(_CHUNK // max(width, 1), 1)
+        numbers = torch.arange(width, dtype=torch.int32, device=mask.device)
+        for start in range(0, rows, step):
+            part = mask[start : start + step]
+            slot = torch.cumsum(part, -1).add_(offsets[start : start + part.shape[0], None] - 1)
+            slot.masked_fill_(~part, capacity).clamp_(max=capacity)
+            indices.scatter_(0, slot.flatten(), numbers.expand(part.shape).reshape(-1))
+        return IndexList(offsets.clamp_(max=capacity), indices[:capacity], group, needed)
 
     @staticmethod
     def from_counts(counts: Tensor, indices: Tensor, *, group: int = 1) -> IndexList:
-        """Build from padded rows: counts int [rows], indices int [rows, width] ascending."""
+        """Build from padded rows; synchronises.
+
+        Args:
+            counts: integer [rows], how many leading entries of a row count.
+            indices: integer [rows, width], ascending in each row as far as they count.
+            group: stored on the list.
+        """
         width = indices.shape[-1]
         keep = torch.arange(width, device=counts.device) < counts[:, None]
         offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
+        torch.cumsum(keep.sum(-1), 0, out=offsets[1:])
         flat = indices[keep].to(torch.int32)
         return IndexList(offsets, flat if flat.numel() else flat.new_zeros(1), group)
 
-    def row_of_entry(self) -> Tensor:
-        """int64 [capacity]: the row of each entry; `rows` for unused entries."""
-        entry = torch.arange(self.capacity, device=self.offsets.device)
+    def row_of_entry(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """int64 [stop - start]: the row of each entry from `start` to `stop` (default: all of them);
+        `rows` for unused entries."""
+        stop = self.capacity if stop is None else stop
+        entry = torch.arange(start, stop, device=self.offsets.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), entry, right=True)
+
+    def rows_between(self, start: int, stop: int) -> IndexList:
+        """Rows start .. stop - 1 as a list of their own (shares memory; synchronises)."""
+        first, last = self.offsets[start], self.offsets[stop]
+        indices = self.indices[int(first) : int(last)]
+        if not indices.numel():
+            indices = self.indices.new_zeros(1)
+        return IndexList(self.offsets[start : stop + 1] - first, indices, self.group)
 
     def to_mask(self, width: int) -> Tensor:
         """bool [rows, width], the inverse of `from_mask`."""
-        row = self.row_of_entry()
-        slot = torch.where(row < self.rows, row * width + self.indices, self.rows * width)
-        mask = torch.zeros(self.rows * width + 1, dtype=torch.bool, device=self.offsets.device)
-        return mask.index_fill_(0, slot, True)[:-1].view(self.rows, width)
+        spare = self.rows * width  # takes the unused entries
+        mask = torch.zeros(spare + 1, dtype=torch.bool, device=self.offsets.device)
+        for start in range(0, self.capacity, _CHUNK):
+            stop = min(start + _CHUNK, self.capacity)
+            row = self.row_of_entry(start, stop)
+            mask.index_fill_(
+                0, torch.where(row < self.rows, row * width + self.indices[start:stop], spare), True
+            )
+        return mask[:-1].view(self.rows, width)
 
     def lower_bound(self, row: Tensor, value: Tensor, width: int) -> Tensor:
         """How many indices of `row` are below `value`: int64, the shape of `row`.
@@ -123,4 +148,9 @@ class IndexList:
         return IndexList(offsets, (row[order] % rows_per_group).to(torch.int32))
 
     def to(self, device: torch.device | str) -> IndexList:
-        return IndexList(self.offsets.to(device), self.indices.to(device), self.group)
+        needed = None if self.needed is None else self.needed.to(device)
+        return IndexList(self.offsets.to(device), self.indices.to(device), self.group, needed)
+
+    def __repr__(self) -> str:
+        shared = f", each shared by {self.group} query blocks" if self.group > 1 else ""
+        return f"IndexList({self.rows} rows{shared}, room for {self.capacity} entries, {self.offsets.device})"

@@ -106,7 +106,7 @@ class SparseLayout:
     @classmethod
     def full(cls, L: int, S: int, *, block_m: int = 128, block_n: int = 128, device=None) -> SparseLayout:
         """Every query block reads every key block: dense attention, shared by all heads."""
-        num_rows, width = ceil(L / block_m), ceil(S / block_n)
+        num_rows, width = _grid("full", L, S, block_m, block_n)
         offsets = torch.arange(num_rows + 1, dtype=torch.int64, device=device) * width
         indices = torch.arange(width, dtype=torch.int32, device=device).repeat(num_rows)
         return cls(IndexList(offsets, indices), block_m, block_n, L, S)
@@ -135,29 +135,31 @@ class SparseLayout:
                 `column_group` consecutive query blocks; they must not lie in blocks of `mask` that
                 one of those query blocks reads.
             column_group: query blocks that share a column row.
-            capacity, column_capacity: sizes of the index tensors. When given, nothing synchronises
-                with the host (and the check of `columns` against `mask` is left to `check`).
+            capacity, column_capacity: sizes of the index tensors. When both that apply are given,
+                nothing synchronises with the host, and the check of `columns` against `mask` is left to
+                `check`. Too small a capacity loses the last entries; `check` reports that too.
 
         Raises:
             ValueError: shapes or dtypes do not fit, or a column lies inside a chosen block.
         """
-        Lb, Sb = ceil(L / block_m), ceil(S / block_n)
+        Lb, Sb = _grid("from_dense_mask", L, S, block_m, block_n)
+        if column_group < 1:
+            raise ValueError(f"from_dense_mask: column_group is {column_group}; it must be at least 1.")
         _expect_mask("mask", mask, (Lb, Sb))
         batch, heads = mask.shape[:2]
         column_list = None
         if columns is not None:
             _expect_mask("columns", columns, (ceil(Lb / column_group), S))
-            batch, heads = max(batch, columns.shape[0]), max(heads, columns.shape[1])
-            columns = columns.expand(batch, heads, *columns.shape[2:])
-            if columns.shape[:2] != (batch, heads):
-                raise ValueError("from_dense_mask: columns and mask have different batch or heads.")
-            column_list = IndexList.from_mask(
-                columns.reshape(-1, S), group=column_group, capacity=column_capacity
+            batch, heads = (
+                _common(name, mask.shape[dim], columns.shape[dim])
+                for dim, name in enumerate(("batch", "heads"))
             )
-        mask = mask.expand(batch, heads, Lb, Sb)
-        block_list = IndexList.from_mask(mask.reshape(-1, Sb), capacity=capacity)
+            column_rows = columns.expand(batch, heads, -1, -1).reshape(-1, S)
+            column_list = IndexList.from_mask(column_rows, group=column_group, capacity=column_capacity)
+        block_rows = mask.expand(batch, heads, -1, -1).reshape(-1, Sb)
+        block_list = IndexList.from_mask(block_rows, capacity=capacity)
         layout = cls(block_list, block_m, block_n, L, S, batch, heads, column_list)
-        if columns is not None and capacity is None:
+        if columns is not None and capacity is None and column_capacity is None:
             layout._check_columns_outside_blocks()
         return layout
 
@@ -173,22 +175,26 @@ class SparseLayout:
         right: int = 0,
         sink_blocks: int = 0,
         device=None,
+        capacity: int | None = None,
     ) -> SparseLayout:
         """Sliding window of whole blocks around the (bottom-right aligned) diagonal.
 
         Args:
             left, right: key blocks kept before and after the blocks that the query block's own
-                positions fall in.
-            sink_blocks: first key blocks that every query block reads.
+                positions fall in; at least 0.
+            sink_blocks: first key blocks that every query block reads; at least 0.
+            capacity: see `from_dense_mask`.
         """
-        Lb, Sb = ceil(L / block_m), ceil(S / block_n)
+        Lb, Sb = _grid("window", L, S, block_m, block_n)
+        _at_least("window", 0, left=left, right=right, sink_blocks=sink_blocks)
         row = torch.arange(Lb, device=device)[:, None]
         first = torch.div(row * block_m + S - L, block_n, rounding_mode="floor")
         last_query = (row * block_m + block_m - 1).clamp(max=L - 1)
         last = torch.div(last_query + S - L, block_n, rounding_mode="floor")
         col = torch.arange(Sb, device=device)[None]
         mask = ((col >= first - left) & (col <= last + right)) | (col < sink_blocks)
-        layout = cls.from_dense_mask(mask[None, None], block_m=block_m, block_n=block_n, L=L, S=S)
+        mask = mask[None, None]
+        layout = cls.from_dense_mask(mask, block_m=block_m, block_n=block_n, L=L, S=S, capacity=capacity)
         return replace(layout, neighbours_alike=True)
 
     @classmethod
@@ -201,19 +207,32 @@ class SparseLayout:
         block: int = 64,
         local_blocks: int = 1,
         stride: int = 8,
-        shifts: list[int] | None = None,
+        shifts: list[int] | Tensor | None = None,
         device=None,
+        capacity: int | None = None,
     ) -> SparseLayout:
         """Local window plus every `stride`-th key block, shifted per head.
 
-        Key block j is read by query block i of head h when `0 <= c - j < local_blocks` (c the key
-        block of the query block's last position) or `(j + shifts[h]) % stride == 0`.
+        Key block j is read by query block i of head h when `j <= c` (c the key block of the query
+        block's last position) and `c - j < local_blocks` or `(j + shifts[h]) % stride == 0`.
 
         Args:
-            shifts: one shift a head; default 0, 1, 2, ...
+            local_blocks: nearest key blocks that every head reads; at least 0.
+            stride: one of so many key blocks is read; at least 1.
+            shifts: one shift a head; default 0, 1, 2, ... A list is copied to the device, which
+                synchronises; an integer tensor [heads] that lies there does not.
+            capacity: see `from_dense_mask`.
         """
-        Lb, Sb = ceil(L / block), ceil(S / block)
-        shift = torch.tensor(list(range(heads)) if shifts is None else shifts, device=device)
+        Lb, Sb = _grid("strided", L, S, block, block)
+        _at_least("strided", 1, heads=heads, stride=stride)
+        _at_least("strided", 0, local_blocks=local_blocks)
+        shift = (
+            torch.arange(heads, device=device) if shifts is None else torch.as_tensor(shifts, device=device)
+        )
+        if shift.shape != (heads,):
+            raise ValueError(
+                f"strided: shifts has shape {tuple(shift.shape)}; expected one for each of {heads} heads."
+            )
         row = torch.arange(Lb, device=device)[:, None]
         last_query = (row * block + block - 1).clamp(max=L - 1)
         last = torch.div(last_query + S - L, block, rounding_mode="floor")
@@ -221,7 +240,7 @@ class SparseLayout:
         local = (col <= last) & (last - col < local_blocks)
         shard = (col[None] + shift[:, None, None]) % stride == 0
         mask = (local[None] | (shard & (col <= last)[None]))[None]
-        layout = cls.from_dense_mask(mask, block_m=block, block_n=block, L=L, S=S)
+        layout = cls.from_dense_mask(mask, block_m=block, block_n=block, L=L, S=S, capacity=capacity)
         return replace(layout, neighbours_alike=True)
 
     @classmethod
@@ -240,15 +259,18 @@ class SparseLayout:
         """Each query block reads its `k` key blocks of highest score.
 
         Args:
-            scores: float [B|1, H|1, Lb, Sb]; -inf is never chosen.
+            scores: float [B|1, H|1, Lb, Sb]; -inf and NaN are never chosen. Of equal scores any may be.
             k: blocks a row, 1 <= k <= Sb. Rows with fewer finite scores keep fewer.
             is_causal: ignore blocks that lie wholly beyond the causal edge.
         """
-        Sb = ceil(S / block_n)
+        Lb, Sb = _grid("top_k", L, S, block_m, block_n)
+        _expect_grid("top_k", "scores", scores, (Lb, Sb))
         if not 1 <= k <= Sb:
             raise ValueError(f"top_k: k is {k}; it must be between 1 and {Sb} (the key blocks).")
+        hidden = scores.isnan()  # which topk would take for the largest
         if is_causal:
-            scores = scores.masked_fill(~visible_blocks(L, S, block_m, block_n, scores.device), -torch.inf)
+            hidden |= ~visible_blocks(L, S, block_m, block_n, scores.device)
+        scores = scores.masked_fill(hidden, -torch.inf)
         best = scores.topk(k, dim=-1)
         mask = torch.zeros_like(scores, dtype=torch.bool)
         mask.scatter_(-1, best.indices, best.values > -torch.inf)
@@ -273,6 +295,7 @@ class SparseLayout:
             scores: float [B|1, H|1, Lb, Sb]; NaN is never chosen.
             is_causal: ignore blocks that lie wholly beyond the causal edge.
         """
+        _expect_grid("threshold", "scores", scores, _grid("threshold", L, S, block_m, block_n))
         mask = scores >= at_least
         if is_causal:
             mask &= visible_blocks(L, S, block_m, block_n, scores.device)
@@ -395,11 +418,16 @@ class SparseLayout:
         """Share of the visible (query, key) pairs that are attended, exact to the token.
 
         Args:
-            is_causal: count only pairs on or below the bottom-right aligned diagonal.
+            is_causal: count only pairs on or below the bottom-right aligned diagonal, in the layout and
+                in the whole: dense causal attention has density 1.
             per_head: return float64 [B', H'] instead of the mean over B' and H'.
 
         Returns:
-            A float (synchronises), or the tensor.
+            A float (synchronises), or the tensor. 0 where no pair is visible.
+
+        Example:
+            >>> SparseLayout.window(1024, 1024, block_m=128, block_n=128, left=1).density(is_causal=True)
+            0.344...
         """
         from sparse_attn.layout_stats import attended_pairs, visible_pairs
 
@@ -414,21 +442,40 @@ class SparseLayout:
 
         Args:
             block_m, block_n: multiples of the present block sizes.
+
+        Raises:
+            ValueError: not multiples, or the layout has columns.
         """
         from sparse_attn.layout_convert import coarsen
 
         return coarsen(self, block_m, block_n)
 
     def to_block_mask(self, is_causal: bool = False):
-        """A FlexAttention `BlockMask` of the same pattern (column lists are refused)."""
+        """A FlexAttention `BlockMask` of the same pattern, right in compiled and in eager mode.
+
+        It has the layout's batch and heads: FlexAttention accepts 1 or those of the query, so expand a
+        layout with one row a key head first.
+
+        Raises:
+            ValueError: the layout has columns.
+        """
         from sparse_attn.layout_convert import to_block_mask
 
         return to_block_mask(self, is_causal)
 
     @classmethod
     def from_block_mask(cls, block_mask, L: int | None = None, S: int | None = None) -> SparseLayout:
-        """From a FlexAttention `BlockMask`: its blocks only; a `mask_mod` inside a block is refused
-        unless it is causal or absent."""
+        """From a FlexAttention `BlockMask`.
+
+        Args:
+            block_mask: may have partial blocks if its `mask_mod` cuts nothing out of them, or exactly
+                what bottom-right causality does (then attend with `is_causal=True`).
+            L, S: default: the mask's own `seq_lengths`.
+
+        Raises:
+            ValueError: `mask_mod` cuts otherwise, or is causal in some blocks while others lie beyond
+                the causal edge.
+        """
         from sparse_attn.layout_convert import from_block_mask
 
         return from_block_mask(block_mask, L, S)
@@ -473,14 +520,9 @@ class SparseLayout:
         return draw(self, batch, head, width, is_causal)
 
     def __repr__(self) -> str:
-        columns = ""
-        if self.columns is not None:
-            columns = f", columns shared by {self.columns.group} query blocks"
-        return (
-            f"SparseLayout(L={self.L}, S={self.S}, block={self.block_m}x{self.block_n}, "
-            f"batch={self.batch}, heads={self.heads}, density={self.density():.3f}{columns}, "
-            f"device={self.device})\n{self.draw(width=32)}"
-        )
+        from sparse_attn.layout_stats import describe
+
+        return describe(self)
 
 
 def visible_blocks(L: int, S: int, block_m: int, block_n: int, device=None) -> Tensor:
@@ -491,10 +533,38 @@ def visible_blocks(L: int, S: int, block_m: int, block_n: int, device=None) -> T
 
 
 def _expect_mask(name: str, mask: Tensor, tail: tuple[int, int]) -> None:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"from_dense_mask: {name} is {type(mask).__name__}; it must be a torch.Tensor.")
     if mask.dtype != torch.bool:
         raise ValueError(f"from_dense_mask: {name} has dtype {mask.dtype}; it must be torch.bool.")
-    if mask.dim() != 4 or tuple(mask.shape[2:]) != tail:
+    _expect_grid("from_dense_mask", name, mask, tail)
+
+
+def _expect_grid(op: str, name: str, x: Tensor, tail: tuple[int, int]) -> None:
+    if x.dim() != 4 or tuple(x.shape[2:]) != tail:
         raise ValueError(
-            f"from_dense_mask: {name} has shape {tuple(mask.shape)}; expected "
+            f"{op}: {name} has shape {tuple(x.shape)}; expected "
             f"[batch or 1, heads or 1, {tail[0]}, {tail[1]}] for these lengths and block sizes."
         )
+
+
+def _common(name: str, mask: int, columns: int) -> int:
+    """The batch or heads of a layout whose mask and columns have these; 1 broadcasts."""
+    if mask != columns and 1 not in (mask, columns):
+        raise ValueError(
+            f"from_dense_mask: mask has {name} {mask} but columns has {columns}; they must be equal, or one "
+            "of them 1."
+        )
+    return max(mask, columns)
+
+
+def _at_least(op: str, least: int, **values: int) -> None:
+    problems = [f"{name} is {x}; it must be at least {least}" for name, x in values.items() if x < least]
+    if problems:
+        raise ValueError(f"{op}: " + "; ".join(problems) + ".")
+
+
+def _grid(op: str, L: int, S: int, block_m: int, block_n: int) -> tuple[int, int]:
+    """(Lb, Sb), once the sizes are known to be positive."""
+    _at_least(op, 1, L=L, S=S, block_m=block_m, block_n=block_n)
+    return -(-L // block_m), -(-S // block_n)

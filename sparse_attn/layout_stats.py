@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparse_attn.index_list import IndexList
+
 if TYPE_CHECKING:
     from sparse_attn.layout import SparseLayout
 
@@ -27,15 +29,20 @@ def attended_pairs(layout: SparseLayout, is_causal: bool) -> Tensor:
     """float64 [B', H']: (query, key) pairs that the layout attends, cut by the causal edge."""
     rows = layout.batch * layout.heads
     total = torch.zeros(rows + 1, dtype=torch.float64, device=layout.device)
-    row = layout.blocks.row_of_entry()
     for start in range(0, layout.blocks.capacity, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        pairs = _block_pairs(layout, row[part], layout.blocks.indices[part].long(), is_causal)
-        head = torch.div(row[part], layout.num_query_blocks, rounding_mode="floor")
+        row, key_block = _entries(layout.blocks, start)
+        pairs = _block_pairs(layout, row, key_block, is_causal)
+        head = torch.div(row, layout.num_query_blocks, rounding_mode="floor")
         total.index_add_(0, head, pairs.double())
     if layout.columns is not None:
         _add_column_pairs(layout, is_causal, total)
     return total[:rows].view(layout.batch, layout.heads)
+
+
+def _entries(rows: IndexList, start: int) -> tuple[Tensor, Tensor]:
+    """Row and index, int64, of the `_CHUNK` entries from `start` on; unused ones have row `rows.rows`."""
+    stop = min(start + _CHUNK, rows.capacity)
+    return rows.row_of_entry(start, stop), rows.indices[start:stop].long()
 
 
 def _block_pairs(layout: SparseLayout, row: Tensor, key_block: Tensor, is_causal: bool) -> Tensor:
@@ -60,16 +67,15 @@ def _add_column_pairs(layout: SparseLayout, is_causal: bool, total: Tensor) -> N
     columns = layout.columns
     assert columns is not None
     rows_per_head = ceil(layout.num_query_blocks / columns.group)
-    row, span = columns.row_of_entry(), columns.group * layout.block_m
+    span = columns.group * layout.block_m
     for start in range(0, columns.capacity, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        first_query = row[part] % rows_per_head * span
+        row, key = _entries(columns, start)
+        first_query = row % rows_per_head * span
         last_query = (first_query + span - 1).clamp(max=layout.L - 1)
         if is_causal:
-            sees_from = columns.indices[part].long() - (layout.S - layout.L)
-            first_query = first_query.maximum(sees_from)
+            first_query = first_query.maximum(key - (layout.S - layout.L))
         pairs = (last_query - first_query + 1).clamp(min=0)
-        head = torch.div(row[part], rows_per_head, rounding_mode="floor")
+        head = torch.div(row, rows_per_head, rounding_mode="floor")
         total.index_add_(0, head, pairs.double())
 
 
@@ -82,7 +88,7 @@ def check(layout: SparseLayout) -> SparseLayout:
     return layout
 
 
-def _check_list(name: str, rows, width: int) -> None:
+def _check_list(name: str, rows: IndexList, width: int) -> None:
     if rows.offsets.dtype != torch.int64 or rows.indices.dtype != torch.int32:
         raise ValueError(
             f"SparseLayout: {name} must have int64 offsets and int32 indices; got "
@@ -92,9 +98,10 @@ def _check_list(name: str, rows, width: int) -> None:
     if offsets[0] != 0 or (rows.lengths < 0).any():
         raise ValueError(f"SparseLayout: {name}.offsets must start at 0 and never decrease.")
     used = int(offsets[-1])
-    if used > rows.capacity:
+    needed = used if rows.needed is None else int(rows.needed)
+    if max(used, needed) > rows.capacity:
         raise ValueError(
-            f"SparseLayout: {name} needs {used} entries but has room for {rows.capacity}; "
+            f"SparseLayout: {name} needs {max(used, needed)} entries but has room for {rows.capacity}; "
             "build it with a larger capacity."
         )
     indices = rows.indices[:used]
@@ -115,53 +122,96 @@ def check_columns_outside_blocks(layout: SparseLayout) -> None:
     """Invariant 4: no column inside a block that the same query block reads."""
     columns = layout.columns
     assert columns is not None
-    Lb, group = layout.num_query_blocks, columns.group
+    Lb, Sb, group = layout.num_query_blocks, layout.num_key_blocks, columns.group
     rows_per_head = ceil(Lb / group)
-    row = columns.row_of_entry()
-    head = torch.div(row, rows_per_head, rounding_mode="floor").clamp(max=layout.batch * layout.heads - 1)
-    key_block = torch.div(columns.indices, layout.block_n, rounding_mode="floor")
-    for member in range(group):
-        query_block = row % rows_per_head * group + member
-        block_row = head * Lb + query_block.clamp(max=Lb - 1)
-        width = layout.num_key_blocks
-        inside = layout.blocks.lower_bound(block_row, key_block + 1, width)
-        inside = inside > layout.blocks.lower_bound(block_row, key_block, width)
-        inside &= (query_block < Lb) & (row < columns.rows)
-        if inside.any():
-            at = int(inside.nonzero()[0])
-            raise ValueError(
-                f"SparseLayout: column {int(columns.indices[at])} lies inside block "
-                f"{int(key_block[at])}, which query block {int(query_block[at])} already reads; "
-                "the key would be counted twice. Leave it out of the columns."
-            )
+    for start in range(0, columns.capacity, _CHUNK):
+        row, key = _entries(columns, start)
+        head = torch.div(row, rows_per_head, rounding_mode="floor").clamp(max=layout.batch * layout.heads - 1)
+        key_block = torch.div(key, layout.block_n, rounding_mode="floor")
+        for member in range(min(group, Lb)):
+            query_block = row % rows_per_head * group + member
+            block_row = head * Lb + query_block.clamp(max=Lb - 1)
+            before = layout.blocks.lower_bound(block_row, key_block, Sb)
+            inside = layout.blocks.lower_bound(block_row, key_block + 1, Sb) > before
+            inside &= (query_block < Lb) & (row < columns.rows)
+            if inside.any():
+                at = int(inside.nonzero()[0])
+                raise ValueError(
+                    f"SparseLayout: column {int(key[at])} lies inside block {int(key_block[at])}, which "
+                    f"query block {int(query_block[at])} already reads; the key would be counted twice. "
+                    "Leave it out of the columns."
+                )
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+_DENSITY_LIMIT = 1 << 24  # entries that `repr` is ready to count
+
+
+def describe(layout: SparseLayout) -> str:
+    """See `SparseLayout.__repr__`: sizes, density and a small picture, whatever the size of the layout.
+
+    The numbers are left out where they cannot be read: while a CUDA graph is captured, and of the
+    tensors without data that `torch.compile` traces with.
+    """
+    parts = [
+        f"L={layout.L}, S={layout.S}, block={layout.block_m}x{layout.block_n}",
+        f"batch={layout.batch}, heads={layout.heads}",
+    ]
+    entries = layout.blocks.capacity
+    readable = _readable(layout)
+    if layout.columns is not None:
+        entries += layout.columns.capacity
+        parts.append(f"columns shared by {layout.columns.group} query blocks")
+    if readable and entries <= _DENSITY_LIMIT:
+        parts.append(f"density={layout.density():.3f}")
+    else:
+        parts.append(f"room for {entries} entries")
+    text = f"SparseLayout({', '.join(parts)}, device={layout.device})"
+    return f"{text}\n{layout.draw(width=32)}" if readable else text
+
+
+def _readable(layout: SparseLayout) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(layout.blocks.offsets, FakeTensor) or layout.device.type == "meta":
+        return False
+    return not (layout.device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def draw(layout: SparseLayout, batch: int, head: int, width: int, is_causal: bool) -> str:
-    """See `SparseLayout.draw`."""
+    """See `SparseLayout.draw`. Reads one head's entries; never makes an Lb x Sb mask."""
     Lb, Sb = layout.num_query_blocks, layout.num_key_blocks
-    blocks = layout.block_mask()[batch % layout.batch, head % layout.heads].cpu()
-    columns = torch.zeros(Lb, Sb, dtype=torch.bool)
+    which = batch % layout.batch * layout.heads + head % layout.heads
+    cell = max(ceil(Lb / width), ceil(Sb / width), 1)
+    grid = torch.zeros(ceil(Lb / cell), ceil(Sb / cell), dtype=torch.int8)
     if layout.columns is not None:
-        mask = layout.column_mask()[batch % layout.batch, head % layout.heads].cpu()
-        mask = torch.nn.functional.pad(mask, (0, Sb * layout.block_n - layout.S))
-        columns = mask.view(-1, Sb, layout.block_n).any(-1)
-        columns = columns.repeat_interleave(layout.columns.group, 0)[:Lb]
+        group = layout.columns.group
+        per_head = ceil(Lb / group)
+        row, key = _one_head(layout.columns, which * per_head, per_head)
+        key_block = torch.div(key, layout.block_n, rounding_mode="floor")
+        for member in range(min(group, Lb)):
+            query_block = row * group + member
+            seen = query_block < Lb
+            if is_causal:
+                seen &= key <= _last_position(layout, query_block)
+            grid[query_block[seen] // cell, key_block[seen] // cell] = 1
+    row, key_block = _one_head(layout.blocks, which * Lb, Lb)
     if is_causal:
-        from sparse_attn.layout import visible_blocks
-
-        seen = visible_blocks(layout.L, layout.S, layout.block_m, layout.block_n)
-        blocks, columns = blocks & seen, columns & seen
-    blocks, columns = _shrink(blocks, width), _shrink(columns, width)
-    lines = []
-    for block_row, column_row in zip(blocks.tolist(), columns.tolist(), strict=True):
-        pairs = zip(block_row, column_row, strict=True)
-        lines.append("".join("#" if b else "|" if c else "." for b, c in pairs))
-    return "\n".join(lines)
+        seen = key_block * layout.block_n <= _last_position(layout, row)
+        row, key_block = row[seen], key_block[seen]
+    grid[row // cell, key_block // cell] = 2
+    return "\n".join("".join(".|#"[x] for x in line) for line in grid.tolist())
 
 
-def _shrink(mask: Tensor, width: int) -> Tensor:
-    """Any-pool a mask to at most `width` rows and columns."""
-    cell = max(ceil(mask.shape[0] / width), ceil(mask.shape[1] / width), 1)
-    pad = [-mask.shape[1] % cell, -mask.shape[0] % cell]
-    padded = torch.nn.functional.pad(mask, (0, pad[0], 0, pad[1]))
-    return padded.view(padded.shape[0] // cell, cell, -1, cell).any(3).any(1)
+def _one_head(rows: IndexList, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Row (from 0) and index of each entry of rows first .. first + count - 1, on the CPU."""
+    part = rows.rows_between(first, first + count).to("cpu")
+    used = int(part.offsets[-1])
+    return part.row_of_entry()[:used], part.indices[:used].long()
+
+
+def _last_position(layout: SparseLayout, query_block: Tensor) -> Tensor:
+    """The key position that the last query of each block is aligned with."""
+    last_query = ((query_block + 1) * layout.block_m - 1).clamp(max=layout.L - 1)
+    return last_query + layout.S - layout.L

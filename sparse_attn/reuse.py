@@ -7,12 +7,11 @@ modules or in globals, so two generations cannot see each other's patterns.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 
 
@@ -144,10 +143,14 @@ class LayoutCache:
         return f"LayoutCache({len(self)} of {len(self._entries)} layers hold a pattern{at}, {size})"
 
 
-def _tensors(layout: SparseLayout) -> list[Tensor]:
-    held = [layout.blocks, layout.columns, *layout._cache.values()]
-    tensors = [x for x in held if isinstance(x, Tensor)]
-    for rows in held:
-        if isinstance(rows, IndexList):
-            tensors += [rows.offsets, rows.indices]
-    return tensors
+def _tensors(held: object) -> list[Tensor]:
+    """All tensors in a dataclass, its fields' dataclasses, dicts and tuples."""
+    if isinstance(held, Tensor):
+        return [held]
+    if isinstance(held, dict):
+        parts = list(held.values())
+    elif isinstance(held, tuple):
+        parts = list(held)
+    else:
+        parts = list(vars(held).values()) if is_dataclass(held) else []
+    return [tensor for part in parts for tensor in _tensors(part)]
