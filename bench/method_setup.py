@@ -9,12 +9,15 @@ from sparse_attn.methods import METHODS, Context
 
 PROMPT_SHARE = 0.9  # SparseD: prompt tokens, the rest is being generated
 
+# Sparse-vDiT: what the heads of `structured_qk(kind="video")` want, by head number modulo 4.
+VIDEO_PATTERNS = ("diagonal", "multi_diagonal", "vertical_stripe", "full")
+
 
 def method_inputs(case: Case) -> tuple[Any, Context]:
     """Config and context of a case whose pattern is `ByMethod`.
 
     SparseD without a step selects from the case's q and k at once, its own dense pass included; in a
-    generation that happens once.
+    generation that happens once. Sparse-vDiT gets the patterns of `VIDEO_PATTERNS` in turn.
 
     Raises:
         ValueError: no such method is registered.
@@ -23,7 +26,11 @@ def method_inputs(case: Case) -> tuple[Any, Context]:
     assert isinstance(pattern, ByMethod)
     if pattern.method not in METHODS:
         raise ValueError(f"bench: no method {pattern.method!r}; there are {', '.join(METHODS) or 'none'}.")
-    context = Context()
+    options, context = dict(pattern.config), Context()
+    if pattern.method == "vdit":
+        patterns = [VIDEO_PATTERNS[head % len(VIDEO_PATTERNS)] for head in range(case.q_heads)]
+        options = {"patterns": patterns, "grid": case.grid, **options}
+        options |= {"text_len": case.text_len, "text_first": case.text_first}
     if pattern.method == "sparsed":
         context = Context(prompt_len=int(case.length * PROMPT_SHARE))
-    return METHODS[pattern.method].config(**pattern.config), context
+    return METHODS[pattern.method].config(**options), context

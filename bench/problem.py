@@ -75,15 +75,13 @@ def make_tensors(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor
 
 
 def _structured(case: Case, device: str, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
-    """Structured q and k; where query heads share key heads, the first query head of each group keeps
-    its own queries and the others take those of further heads, against the same keys."""
     from sparse_attn.testing_data import structured_qk
 
     options: dict[str, Any] = {"kind": case.data, "seed": seed, "device": device, "dtype": dtype}
     if case.data == "video":
         options["grid"] = case.grid
-    q, k = structured_qk(1, case.q_heads, case.length, case.head_dim, **options)
-    return q, k[:, :: case.q_heads // case.kv_heads].contiguous()
+    shape = (1, case.q_heads, case.length, case.head_dim)
+    return structured_qk(*shape, kv_heads=case.kv_heads, **options)
 
 
 def build(

@@ -99,11 +99,13 @@ def method_cases(length: int, heads: int, on_gpu: bool) -> list[Case]:
     causal = {"is_causal": True, "data": "causal", **common}
     # A superblock of the default 16 x 128 queries would be most of a short sequence.
     anchor = {"theta": 10.0} if length >= 16384 else {"theta": 10.0, "block_size": 64, "step": 8}
+    # As many shards as heads at most, so that together they still cover every key.
+    s2 = {"local_blocks": 8, "vert_stride": min(8, heads), "per_query_head": True}
     video = from_shape("", "wan2.1-1.3b-480p", Full()).resized(length)
     return [
         Case("blasst", heads, kv, length, 128, ByMethod("blasst", {"threshold": 0.03}), **causal),
         Case("anchor", heads, kv, length, 128, ByMethod("anchor", anchor), gate_length=1700, **causal),
-        Case("s2", heads, kv, length, 128, ByMethod("s2", {"local_blocks": 8, "vert_stride": 8}), **causal),
+        Case("s2", heads, kv, length, 128, ByMethod("s2", s2), **causal),
         Case("sparsed", heads, heads, length, 128, ByMethod("sparsed"), data="bidirectional", **common),
         Case(
             "vdit", heads, heads, video.length, 128, ByMethod("vdit"), data="video", grid=video.grid, **common
