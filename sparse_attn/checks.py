@@ -29,10 +29,13 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if castable else x
 
 
-def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+def check_inputs(
+    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, scale: float | None = None
+) -> None:
     """Raise one ValueError that lists everything wrong with query, key and value (as autocast, where
-    it is on, will cast them)."""
-    _raise(op, _input_problems(*autocast(query, key, value), enable_gqa))
+    it is on, will cast them) and with scale."""
+    problems = _input_problems(*autocast(query, key, value), enable_gqa)
+    _raise(op, problems + _scale_problems(scale))
 
 
 def check_call(
@@ -49,8 +52,7 @@ def check_call(
     """Raise one ValueError that lists everything wrong with a call of `attend`."""
     problems = _input_problems(query, key, value, enable_gqa)
     inputs_fit = not problems
-    if scale is not None:
-        problems += _scale_problems(scale)
+    problems += _scale_problems(scale)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
             problems.append(f"{name} is {type(flag).__name__}; it must be True or False")
@@ -84,7 +86,9 @@ def _input_problems(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool)
     return _check_shapes(query, key, value, enable_gqa) + _check_kinds(tensors)
 
 
-def _scale_problems(scale: float) -> list[str]:
+def _scale_problems(scale: float | None) -> list[str]:
+    if scale is None:
+        return []
     if isinstance(scale, Tensor):
         return ["scale is a Tensor; pass a plain number (scale.item()), since no gradient reaches it"]
     if not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):

@@ -71,7 +71,7 @@ def run(
 ) -> Attended:
     """Check, select, attend and finish: the road of every method."""
     op = f"{method.name}_attention"
-    check_inputs(op, query, key, value, enable_gqa)
+    check_inputs(op, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = method.select(query, key, config, is_causal=is_causal, scale=scale, context=context)
     result = attend(

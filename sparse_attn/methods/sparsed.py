@@ -80,7 +80,7 @@ def sparsed_attention(
         ...     out = sparsed_attention(q, k, v, cache=cache, step=step, num_steps=64, prompt_len=900)
     """
     config = SparseDConfig(skip_ratio, select_ratio, block_size, mode, score_scale, per_kv_head)
-    check_inputs(OP, query, key, value, enable_gqa)
+    check_inputs(OP, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     context = Context(layer=layer, step=step, num_steps=num_steps, prompt_len=prompt_len, cache=cache)
     pattern = _enter_step(query, key, config, context)
