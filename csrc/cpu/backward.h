@@ -86,12 +86,9 @@ struct BackwardQuery {
 
   void finish(int64_t i) {
     int lanes = static_cast<int>(min64(kPanel, task.num_queries - i * kPanel));
-    transpose(dq + i * shape.D * kPanel, kPanel, shape.D, kPanel, rows, shape.D);
+    int64_t first = task.first_query + i * kPanel;
     RawRows target{task.dq, task.dq_stride, shape.dtype};
-    for (int lane = 0; lane < lanes; ++lane) {
-      void* row = const_cast<void*>(row_of(target, task.first_query + i * kPanel + lane));
-      narrow(rows + static_cast<int64_t>(lane) * shape.D, shape.dtype, shape.D, row);
-    }
+    store_panel(dq + i * shape.D * kPanel, lanes, shape.D, rows, target, first);
   }
 };
 

@@ -174,12 +174,7 @@ struct Forward {
       float sum = l[p * kPanel + i];
       task.lse[first + i] = sum == 0.f ? -kInf : m[p * kPanel + i] + __builtin_logf(sum);
     }
-    transpose(panel, kPanel, shape.Dv, kPanel, rows, shape.Dv);
-    RawRows target{task.out, task.out_stride, shape.dtype};
-    for (int i = 0; i < lanes; ++i) {
-      void* row = const_cast<void*>(row_of(target, first + i));
-      narrow(rows + static_cast<int64_t>(i) * shape.Dv, shape.dtype, shape.Dv, row);
-    }
+    store_panel(panel, lanes, shape.Dv, rows, {task.out, task.out_stride, shape.dtype}, first);
   }
 };
 

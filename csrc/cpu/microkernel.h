@@ -22,7 +22,7 @@ struct RowRun {
 
 // out[r][lane] = scale * sum_d row[r][d] * panel[d][lane]; `top` takes the maximum over r.
 template <int R>
-inline void dot_rows(const RowRun& rows, int64_t first, int width, const float* panel, float scale,
+__attribute__((noinline)) void dot_rows(const RowRun& rows, int64_t first, int width, const float* panel, float scale,
                      float* out, Vec* top) {
   const float* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[first + r];
@@ -52,7 +52,7 @@ inline void dot_rows(const RowRun& rows, int64_t first, int width, const float* 
 
 // acc[c][lane] = acc[c][lane] * keep[lane] + sum_j rows[j][c] * panel[j][lane] for R values of c.
 template <int R>
-inline void add_rows(const RowRun& rows, int64_t count, int first, const float* panel, const Vec* keep,
+__attribute__((noinline)) void add_rows(const RowRun& rows, int64_t count, int first, const float* panel, const Vec* keep,
                      float* target) {
   target += static_cast<int64_t>(first) * kPanel;
   Vec acc[R][2];

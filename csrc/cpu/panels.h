@@ -29,12 +29,32 @@ struct Arena {
 // row(lane) = index ? index[lane] : first + lane. rows: scratch [kPanel][width].
 inline void load_panel(const RawRows& source, const int32_t* index, int64_t first, int lanes, int width,
                        float* rows, float* panel) {
+  if (lanes == kPanel && !index && source.dtype == DType::kFloat32) {
+    const float* in_place = static_cast<const float*>(row_of(source, first));
+    transpose(in_place, source.stride, kPanel, width, panel, kPanel);
+    return;
+  }
   if (lanes < kPanel) memset(rows, 0, sizeof(float) * kPanel * width);
   for (int i = 0; i < lanes; ++i) {
     const void* row = row_of(source, index ? index[i] : first + i);
     widen(row, source.dtype, width, rows + static_cast<int64_t>(i) * width);
   }
   transpose(rows, width, kPanel, width, panel, kPanel);
+}
+
+// The inverse: row first + lane of `target` = panel[:, lane].
+inline void store_panel(const float* panel, int lanes, int width, float* rows, const RawRows& target,
+                        int64_t first) {
+  if (lanes == kPanel && target.dtype == DType::kFloat32) {
+    float* in_place = static_cast<float*>(const_cast<void*>(row_of(target, first)));
+    transpose(panel, kPanel, width, kPanel, in_place, target.stride);
+    return;
+  }
+  transpose(panel, kPanel, width, kPanel, rows, width);
+  for (int i = 0; i < lanes; ++i) {
+    void* row = const_cast<void*>(row_of(target, first + i));
+    narrow(rows + static_cast<int64_t>(i) * width, target.dtype, width, row);
+  }
 }
 
 // Every panel of a run of rows.
