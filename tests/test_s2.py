@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_bytes import PeakBytes
 from references import s2 as reference
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_attn as sa
 from sparse_attn.methods import METHODS, Context
@@ -143,25 +142,6 @@ def test_heads_collapse_where_all_patterns_agree():
 
 
 # -- memory and cache -----------------------------------------------------------------------------
-
-
-class PeakBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once."""
-
-    def __enter__(self):
-        self.live, self.peak = {}, 0
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage.data_ptr() not in self.live:
-                    self.live[storage.data_ptr()] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
 
 
 def test_long_context_needs_little_more_than_the_layout():
@@ -406,3 +386,24 @@ def test_layout_operator_tells_its_shapes_and_gives_copies():
     assert torch.equal(offsets, layout.blocks.offsets) and torch.equal(bounds, layout.block_bounds(True))
     indices.fill_(0)
     assert layout.blocks.indices.sum() > 0 and all(x.numel() == 0 for x in columns)
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, x):
+        return sa.s2_attention(x, x, x, block_size=8, local_blocks=2, vert_stride=2, engine="reference")
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+def test_exports_also_where_the_layout_is_new(strict):
+    x = make_inputs(heads=2, L=41 + strict, head_dim=16)[0]
+    exported = torch.export.export(_Layer(), (x,), strict=strict)
+    assert torch.equal(exported.module()(x), _Layer()(x))
+
+
+@pytest.mark.plain_empty
+def test_fake_tensors_leave_the_cache_real():
+    x = make_inputs(heads=2, L=47, head_dim=16)[0]
+    with FakeTensorMode():
+        assert _Layer()(torch.empty(1, 2, 47, 16)).shape == x.shape
+    assert _Layer()(x).isfinite().all()

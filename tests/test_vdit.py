@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_bytes import PeakBytes
 from references import vdit as reference
-from test_s2 import PeakBytes
 
 import sparse_attn as sa
 from sparse_attn.methods import METHODS

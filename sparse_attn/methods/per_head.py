@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
@@ -69,15 +70,13 @@ class LayoutLru:
         """The layout of `key`, built on the first call.
 
         The tensors are made outside inference mode, so that a layout first used for inference serves
-        training later. Under a fake tensor mode (tracing) nothing is cached.
+        training later, and outside any tracing, so that they are real.
         """
-        if type(torch.empty(0)) is not Tensor:
-            return build()
         with self._lock:
             if key in self._layouts:
                 self._layouts.move_to_end(key)
                 return self._layouts[key]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), _disable_current_modes(), torch._C.DisableTorchFunction():
             layout = build()
         with self._lock:
             self._layouts[key] = layout
@@ -121,8 +120,9 @@ def shape_layout(name: str, args: tuple[Any, ...], device: torch.device, is_caus
     Args:
         is_causal: how the layout will be attended; in a compiled graph the bounds for it come along.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(torch.empty(0)) is Tensor:
         return _make(name, args, device)
+    # Traced by Dynamo, by export, or under a fake tensor mode.
     shape, sizes, text = _constants(name, args)
     block_m, block_n, L, S, heads, group, alike = shape
     offsets, indices, bounds, *column_parts = torch.ops.sparse_attn.layout_lists(
@@ -142,7 +142,6 @@ def _make(name: str, args: tuple[Any, ...], device: torch.device) -> SparseLayou
     return cache.get((args, device), lambda: build(*args, device=device))
 
 
-@torch.compiler.assume_constant_result
 def _constants(name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[int], str]:
     """What a graph must know of a layout: its shape, the sizes of its tensors, its arguments as text."""
     layout = _make(name, args, torch.device("cpu"))
@@ -154,6 +153,10 @@ def _constants(name: str, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[
     sizes = [layout.blocks.rows, layout.blocks.capacity]
     sizes += [0, 0] if columns is None else [columns.rows, columns.capacity]
     return shape, sizes, repr(args)
+
+
+# What torch.compiler.assume_constant_result sets; calling it would import Dynamo with this module.
+_constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 torch.library.define(
