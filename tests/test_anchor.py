@@ -9,8 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_attn as sa
 from sparse_attn.methods import METHODS
+from sparse_attn.methods import anchor_select as portable
 from sparse_attn.methods.anchor import AnchorConfig, select
-from sparse_attn.methods.anchor_regions import anchor_regions
+from sparse_attn.methods.anchor_regions import AnchorRegions
 from sparse_attn.testing_data import structured_qk
 
 TIE = 1e-4  # two float32 routes to a gap of about 10 may differ by this much
@@ -222,7 +223,7 @@ def test_bounds_set_ahead_are_what_the_layout_would_find(case):
     layout = plan_of(q, k, theta=5.0, **{name: case[name] for name in SMALL}).layout
     assert torch.equal(layout.block_bounds(True), layout._block_bounds(True))
     assert torch.equal(layout.column_bounds(True), layout._column_bounds(True))
-    regions = anchor_regions(case["L"], case["S"], *(case[name] for name in SMALL))
+    regions = AnchorRegions(case["L"], case["S"], *(case[name] for name in SMALL))
     columns = plan_of(q, k, theta=math.inf, **{name: case[name] for name in SMALL}).layout.columns
     assert columns.offsets[-1] == regions.offered * 2 * case["Hq"]
 
@@ -266,11 +267,111 @@ def test_first_call_in_inference_mode_does_not_break_training():
     assert q.grad.abs().sum() > 0
 
 
+KERNEL_CASES = {
+    "fp32": dict(L=140, S=140, dtype=torch.float32),
+    "bf16-gqa-chunk": dict(L=75, S=150, Hq=2, Hkv=1, dtype=torch.bfloat16, step=3),
+    "fp16-lse-shared": dict(L=150, S=150, Hq=2, Hkv=1, dtype=torch.float16, reference="lse", share=True),
+    "two-init-D48": dict(L=90, S=133, D=48, dtype=torch.bfloat16, init_blocks=2),
+}
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
+def test_triton_selection_gives_the_portable_lists(case):
+    kernels = pytest.importorskip("sparse_attn.kernels.anchor_select")
+    case = dict(Hq=1, Hkv=1, D=32, step=2, init_blocks=1, reference="max", share=False) | case
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, _ = make(1, case["Hq"], case["Hkv"], case["L"], case["S"], case["D"], case["dtype"])
+    q, k = q.to(device), k.to(device)
+    regions = AnchorRegions(case["L"], case["S"], 16, case["step"], case["init_blocks"])
+    scale = case["D"] ** -0.5
+    anchor, mean = portable.pool_anchor(q, k, regions, scale, case["reference"])
+    ours, parts = kernels.pool_anchor(q, k, regions, scale, case["reference"])
+    torch.testing.assert_close(ours, anchor, rtol=0, atol=2e-5)
+    torch.testing.assert_close(parts.float().sum(0), mean, rtol=0, atol=5e-6)
+
+    def masks(theta):
+        return [
+            portable.fill_columns(mean, k, anchor - theta - x, regions, scale, case["share"], None).to_mask(
+                case["S"]
+            )
+            for x in (-TIE, TIE)
+        ]
+
+    for theta in (13.0, math.inf):
+        least, most = masks(theta)
+        lists = kernels.fill_columns(parts, k, ours - theta, regions, scale, case["share"], None)
+        found = lists.to_mask(case["S"])
+        assert (least <= found).all() and (found <= most).all()
+        assert found.sum() > 0 and (theta == math.inf or found.sum() < 0.9 * regions.offered * case["Hq"])
+    used = int(lists.offsets[-1])
+    roomy = kernels.fill_columns(parts, k, ours - theta, regions, scale, case["share"], used + 3)
+    assert roomy.capacity == used + 3 and torch.equal(roomy.indices[:used], lists.indices[:used])
+    short = kernels.fill_columns(parts, k, ours - theta, regions, scale, case["share"], used - 3)
+    assert torch.equal(short.indices, lists.indices[: used - 3])
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [dict(), dict(theta="auto", reference="lse", share_kv_group=True)])
+def test_gpu_output_is_that_of_the_reference(shape):
+    q, k, v = (x.cuda() for x in make(1, 4, 2, 1000, 1500, 64, torch.float32))
+    common = dict(block_size=64, step=4, enable_gqa=True, return_stats=True) | dict(theta=7.0) | shape
+    out, stats = sa.anchor_attention(q, k, v, **common)
+    want, want_stats = sa.anchor_attention(*(x.cpu() for x in (q, k, v)), **common, engine="reference")
+    assert (stats.kept.cpu() - want_stats.kept).abs().max() <= 2, "more than ties differ"
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=2e-3)
+
+
+@needs_gpu
+def test_a_cuda_graph_holds_selection_and_attention():
+    q, k, v = (x.cuda() for x in make(1, 2, 2, 1500, 1500, 64, torch.bfloat16))
+    q2, k2, v2 = (x.cuda() for x in make(1, 2, 2, 1500, 1500, 64, torch.bfloat16, seed=9))
+
+    def call():
+        return sa.anchor_attention(q, k, v, theta=7.0, block_size=64, step=4, capacity=60_000)
+
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for x, new in ((q, q2), (k, k2), (v, v2)):
+        x.copy_(new)
+    graph.replay()
+    assert torch.equal(out, call())
+
+
 def test_strided_inputs_select_the_same():
     q, k, v = make(2, 2, 2, 64, 64, dtype=torch.float32)
     spread = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     out = sa.anchor_attention(*spread, theta=5.0, **SMALL)
     torch.testing.assert_close(out, sa.anchor_attention(q, k, v, theta=5.0, **SMALL), atol=1e-6, rtol=0)
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("capacity", [None, 4000])
+def test_compiles_whole(capacity):
+    q, k, v = make(1, 2, 2, 91, 91, dtype=torch.float32)
+
+    def f(q, k, v):
+        return sa.anchor_attention(q, k, v, theta=5.0, **SMALL, capacity=capacity, engine="reference")
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), f(q, k, v))
+
+
+@pytest.mark.plain_empty
+def test_selection_passes_opcheck():
+    q, k, _ = make(1, 2, 1, 40, 60, dtype=torch.float32)
+    arguments = (q, k, torch.full((2, 1), 6.0), 0.0, 8, 2, 1, 32**-0.5, False, False)
+    for capacity in (None, 500):
+        torch.library.opcheck(torch.ops.sparse_attn.anchor_columns.default, (*arguments, capacity))
 
 
 def test_is_registered():

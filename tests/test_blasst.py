@@ -16,6 +16,10 @@ from sparse_attn.testing_data import structured_qk
 ENGINES_ON = [name for name, engine in ENGINES.items() if not engine.why_off()]
 
 
+def device_of(engine):
+    return "cuda" if engine == "triton" and torch.cuda.is_available() else "cpu"
+
+
 def make(B, Hq, Hkv, L, S, D, dtype=torch.float64, seed=0):
     """Structured logits over `S` keys with queries for the last `L` of them (or more, if L > S)."""
     length = max(L, S)
@@ -84,8 +88,8 @@ def test_per_head_lambdas_skip_by_head():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_lambda_zero_is_dense_bit_for_bit(engine, dtype, is_causal):
-    q, k, v = make(1, 2, 1, 100, 150, 64, dtype)
-    layout = sa.SparseLayout.full(100, 150, block_m=32, block_n=32)
+    q, k, v = (x.to(device_of(engine)) for x in make(1, 2, 1, 100, 150, 64, dtype))
+    layout = sa.SparseLayout.full(100, 150, block_m=32, block_n=32, device=q.device)
     common = dict(is_causal=is_causal, enable_gqa=True, return_lse=True, engine=engine)
     try:
         dense, dense_lse = sa.sparse_attention(q, k, v, layout, **common)
@@ -98,7 +102,7 @@ def test_lambda_zero_is_dense_bit_for_bit(engine, dtype, is_causal):
 @pytest.mark.parametrize("engine", [name for name in ENGINES_ON if name != "reference"])
 @pytest.mark.parametrize("lam", [1e-3, 0.1])
 def test_engines_keep_the_same_tiles(engine, lam):
-    q, k, v = make(1, 2, 1, 130, 190, 64, torch.float32, seed=2)
+    q, k, v = (x.to(device_of(engine)) for x in make(1, 2, 1, 130, 190, 64, torch.float32, seed=2))
     common = dict(block_m=32, block_n=32, is_causal=True, enable_gqa=True, return_stats=True)
     try:
         out, stats = sa.blasst_attention(q, k, v, lam, **common, engine=engine)

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from sparse_attn.attend import attend
 from sparse_attn.checks import check_inputs
-from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
-from sparse_attn.methods.anchor_regions import AnchorRegions, anchor_regions
-from sparse_attn.methods.anchor_select import fill_columns, pool_anchor
+from sparse_attn.methods.anchor_regions import AnchorRegions
+from sparse_attn.methods.anchor_select import select_columns
 from sparse_attn.methods.base import Context, Method
 from sparse_attn.plan import Plan
 
@@ -112,9 +111,11 @@ def select(
             "before). Use sparsed_attention or vdit_attention for bidirectional models."
         )
     L, S = query.shape[2], key.shape[2]
-    regions = anchor_regions(L, S, config.block_size, config.step, config.init_blocks)
+    regions = AnchorRegions(L, S, config.block_size, config.step, config.init_blocks)
     theta = _theta(config, query, regions)
-    columns = _columns(query, key, config, regions, theta, scale)
+    columns = select_columns(
+        query, key, regions, theta, scale, config.reference, config.share_kv_group, config.capacity
+    )
     heads = columns.rows // (query.shape[0] * regions.num_superblocks)
     blocks, bounds = regions.block_list(query.shape[0] * heads, query.device)
     shape = (config.block_size, config.block_size, L, S, query.shape[0], heads)
@@ -145,46 +146,15 @@ def _theta(config: AnchorConfig, query: Tensor, regions: AnchorRegions) -> Tenso
     return theta[..., None]
 
 
-def _columns(
-    query: Tensor,
-    key: Tensor,
-    config: AnchorConfig,
-    regions: AnchorRegions,
-    theta: Tensor | float,
-    scale: float,
-) -> IndexList:
-    """Identify with Triton where its kernels fit, else with PyTorch."""
-    pool, fill = pool_anchor, fill_columns
-    if query.is_cuda and not why_not_kernels(query, config.block_size, scale):
-        from sparse_attn.kernels import anchor_select as kernels
-
-        pool, fill = kernels.pool_anchor, kernels.fill_columns
-    # Autocast would turn the float32 products of the comparison into 16 bit.
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        anchor, pooled = pool(query, key, regions, scale, config.reference)
-        return fill(pooled, key, anchor - theta, regions, scale, config.share_kv_group, config.capacity)
-
-
-def why_not_kernels(query: Tensor, block_size: int, scale: float) -> list[str]:
-    """Reasons why the Triton selection cannot run; [] means it can."""
-    from importlib.util import find_spec
-
-    reasons = [] if find_spec("triton") else ["Triton is not installed"]
-    if block_size not in (16, 32, 64, 128):
-        reasons.append(f"block_size {block_size} is not 16, 32, 64 or 128")
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        reasons.append(f"{query.dtype} is not float16, bfloat16 or float32")
-    if not 0 < scale < math.inf:
-        reasons.append(f"scale {scale} is not positive and finite")
-    return reasons
-
-
 def _column_bounds(layout: SparseLayout) -> Tensor:
     """int32 [rows, 2] as `SparseLayout.column_bounds`: columns end before a superblock begins, so that
     each of its queries sees all of them."""
     assert layout.columns is not None
-    length = layout.columns.lengths[layout._column_row()]
-    return torch.stack([length, length], -1).to(torch.int32)
+    lengths = layout.columns.lengths.to(torch.int32).view(
+        -1, layout.columns.rows // layout.batch // layout.heads
+    )
+    rows = lengths[:, :, None].expand(-1, -1, layout.columns.group).flatten(1)[:, : layout.num_query_blocks]
+    return rows.reshape(-1, 1).expand(-1, 2).contiguous()
 
 
 def anchor_attention(
@@ -255,7 +225,7 @@ def anchor_attention(
         >>> out = anchor_attention(q, k, v, theta=12.0)
     """
     config = AnchorConfig(theta, block_size, step, init_blocks, reference, eps, share_kv_group, capacity)
-    check_inputs(_OP, query, key, value, enable_gqa)
+    check_inputs(_OP, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = select(query, key, config, is_causal=is_causal, scale=scale)
     result = attend(
@@ -267,7 +237,7 @@ def anchor_attention(
     if return_lse:
         parts.append(result.lse)
     if return_stats:
-        regions = anchor_regions(query.shape[2], key.shape[2], block_size, step, init_blocks)
+        regions = AnchorRegions(query.shape[2], key.shape[2], block_size, step, init_blocks)
         parts.append(_stats(plan.layout, regions))
     return tuple(parts)
 

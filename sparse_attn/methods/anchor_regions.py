@@ -124,8 +124,3 @@ def _remembered_block_list(
     # Tensors made under inference_mode could not serve a later call that needs gradients.
     with torch.inference_mode(False):
         return regions._block_list(copies, device)
-
-
-@lru_cache(maxsize=64)
-def anchor_regions(L: int, S: int, block: int, step: int, init_blocks: int) -> AnchorRegions:
-    return AnchorRegions(L, S, block, step, init_blocks)

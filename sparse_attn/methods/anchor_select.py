@@ -1,15 +1,107 @@
-"""AnchorAttention's two selection passes in plain PyTorch, for any device and size.
+"""AnchorAttention's selection: one operator, and its two passes in plain PyTorch for any device and size.
 
-`sparse_attn.kernels.anchor_select` holds the same two functions for GPUs.
+`sparse_attn.kernels.anchor_select` holds the same two passes for GPUs.
 """
 
 from __future__ import annotations
+
+import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
 from sparse_attn.methods.anchor_regions import AnchorRegions
+
+# One opaque operator, so that torch.compile sees neither the kernels nor a size that depends on data.
+torch.library.define(
+    "sparse_attn::anchor_columns",
+    "(Tensor q, Tensor k, Tensor? thetas, float theta, int block, int step, int init_blocks, float scale, "
+    "bool use_lse, bool share_kv_group, int? capacity) -> (Tensor, Tensor)",
+)
+
+
+def select_columns(
+    query: Tensor,
+    key: Tensor,
+    regions: AnchorRegions,
+    theta: float | Tensor,
+    scale: float,
+    reference: str,
+    share_kv_group: bool,
+    capacity: int | None,
+) -> IndexList:
+    """Both passes: the columns of every superblock.
+
+    Args:
+        query: [B, Hq, L, D]; key: [B, Hkv, S, D].
+        theta: a number or a tensor that broadcasts to [B, Hq, Lb].
+        reference, share_kv_group, capacity: as in `anchor_attention`.
+
+    Returns:
+        columns with rows = B * H' * superblocks and group = step, H' = Hkv if shared, else Hq.
+    """
+    thetas, number = (theta, 0.0) if isinstance(theta, Tensor) else (None, theta)
+    with torch.no_grad():
+        offsets, indices = torch.ops.sparse_attn.anchor_columns(
+            query, key, thetas, number, regions.block, regions.step, regions.init_blocks, scale,
+            reference == "lse", share_kv_group, capacity,
+        )  # fmt: skip
+    return IndexList(offsets, indices, regions.step)
+
+
+def _anchor_columns(
+    q, k, thetas, theta, block, step, init_blocks, scale, use_lse, share_kv_group, capacity
+) -> tuple[Tensor, Tensor]:
+    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks)
+    pool, fill = pool_anchor, fill_columns
+    if q.is_cuda and not why_not_kernels(q, regions, scale):
+        from sparse_attn.kernels import anchor_select as kernels
+
+        pool, fill = kernels.pool_anchor, kernels.fill_columns
+    # Autocast would turn the float32 products of the comparison into 16 bit.
+    with torch.autocast(q.device.type, enabled=False):
+        anchor, pooled = pool(q, k, regions, scale, "lse" if use_lse else "max")
+        at_least = anchor - (theta if thetas is None else thetas)
+        lists = fill(pooled, k, at_least, regions, scale, share_kv_group, capacity)
+    return lists.offsets, lists.indices
+
+
+def _anchor_columns_fake(
+    q, k, thetas, theta, block, step, init_blocks, scale, use_lse, share_kv_group, capacity
+) -> tuple[Tensor, Tensor]:
+    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks)
+    heads = k.shape[1] if share_kv_group else q.shape[1]
+    if capacity is None:
+        capacity = torch.library.get_ctx().new_dynamic_size(min=1)
+    rows = q.shape[0] * heads * regions.num_superblocks
+    return q.new_empty(rows + 1, dtype=torch.int64), q.new_empty(capacity, dtype=torch.int32)
+
+
+torch.library.impl("sparse_attn::anchor_columns", ("CPU", "CUDA"), _anchor_columns)
+torch.library.register_fake("sparse_attn::anchor_columns", _anchor_columns_fake)
+
+
+def why_not_kernels(query: Tensor, regions: AnchorRegions, scale: float) -> list[str]:
+    """Reasons why the Triton selection cannot run; [] means it can."""
+    reasons = [] if _has_triton() else ["Triton is not installed"]
+    if regions.block not in (16, 32, 64, 128):
+        reasons.append(f"block_size {regions.block} is not 16, 32, 64 or 128")
+    most = 128 if query.shape[-1] <= 128 else 32  # mean queries of a superblock that shared memory holds
+    if regions.step > most:
+        reasons.append(f"step {regions.step} is above {most}")
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        reasons.append(f"{query.dtype} is not float16, bfloat16 or float32")
+    if not 0 < scale < math.inf:
+        reasons.append(f"scale {scale} is not positive and finite")
+    return reasons
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def pool_anchor(
