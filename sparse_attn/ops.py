@@ -1,5 +1,5 @@
-"""The two operators behind every call, registered with PyTorch: `sparse_attn::attend_fwd` and
-`sparse_attn::attend_bwd`.
+"""The operators behind every call, registered with PyTorch: `sparse_attn::attend_fwd` and
+`sparse_attn::attend_bwd` (with its helper `sparse_attn::row_dot`).
 
 Their schemas hold only tensors and plain values: a layout travels as its flat parts, so that
 `torch.compile`, `torch.export` and CUDA graphs see fixed arity and nothing opaque. Inside, the parts
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sparse_attn.engines import ENGINES, AttendCall, lse_dtype, new_out
+from sparse_attn.engines.triton import row_dot as triton_row_dot
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 from sparse_attn.schedule import NUM_FLAT, Schedule, schedule_of
@@ -30,6 +31,7 @@ _CALL = (
 )
 _NUM_TENSORS = 13 + NUM_FLAT
 torch.library.define(f"{NAMESPACE}::attend_fwd", f"({_CALL}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::row_dot", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define(
     f"{NAMESPACE}::attend_bwd",
     f"(Tensor lse, Tensor delta, Tensor kept, Tensor grad_out, {_CALL}) -> (Tensor, Tensor, Tensor)",
@@ -40,7 +42,8 @@ def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
     """The arguments of `attend_fwd`. The transposed list is made only where gradients need it, the
     schedule only for the engine that reads it."""
     layout, causal = call.layout, call.is_causal
-    columns = transposed = (None, None, None)
+    columns: tuple[Any, ...] = (None, None, None)
+    transposed: tuple[Any, ...] = (None, None, None)
     if layout.columns is not None:
         columns = (layout.columns.offsets, layout.columns.indices, layout.column_bounds(causal))
     if call.needs_grad:
@@ -51,8 +54,8 @@ def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
     shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group)
     rule = (causal, call.scale, call.want_kept, engine)
     schedule = schedule_of(call) if engine == "triton" else Schedule()
-    lists = (*blocks, *columns, *transposed, call.skip_below, *schedule.flat())
-    return (call.q, call.k, call.v, *lists, *shape, *rule)
+    tensors = (*blocks, *columns, *transposed, call.skip_below, *schedule.flat())
+    return (call.q, call.k, call.v, *tensors, *shape, *rule)
 
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[AttendCall, str]:
@@ -104,11 +107,18 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, grad_lse, _grad_kept):
     *tensors, out, lse, kept = ctx.saved_tensors
-    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    delta = torch.ops.sparse_attn.row_dot.default(grad_out, out)
     if grad_lse is not None:
         delta = delta - grad_lse
     grads = torch.ops.sparse_attn.attend_bwd.default(lse, delta, kept, grad_out, *tensors, *ctx.plain)
     return *grads, *[None] * (_NUM_TENSORS - 3 + len(ctx.plain))
+
+
+def _row_dot(a, b):
+    """sum(a * b, -1) in float32 (float64 for float64): one pass on the GPU, where PyTorch makes four."""
+    if a.is_cuda and a.dtype != torch.float64 and not ENGINES["triton"].why_off():
+        return triton_row_dot(a, b)
+    return (a.to(lse_dtype(a)) * b.to(lse_dtype(a))).sum(-1)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -121,6 +131,7 @@ def _no_second_derivative(ctx, *grads):
 for _name, _impl, _fake in (
     ("attend_fwd", _attend_fwd, _attend_fwd_fake),
     ("attend_bwd", _attend_bwd, _attend_bwd_fake),
+    ("row_dot", _row_dot, lambda a, b: a.new_empty(a.shape[:3], dtype=lse_dtype(a))),
 ):
     torch.library.impl(f"{NAMESPACE}::{_name}", ("CPU", "CUDA"), _impl)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)

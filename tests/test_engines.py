@@ -131,7 +131,7 @@ SHAPES = [
 GRAD_IDS = [
     "full-f32", "full-bf16-causal-gqa4", "window-f16-causal", "random-f32-causal-kvheads",
     "random-bf16-batch2-own", "emptyrows-f32", "emptyrows-bf16-gqa3", "fullrows-f16-causal", "onecolumn-f32",
-    "columns-f32-causal", "columns-f16-gqa8-kvheads", "columns-bf16-batch-heads", "onlycolumns-bf16-causal",
+    "columns-f32-causal", "columns-bf16-batch-heads", "onlycolumns-bf16-causal",
     "L1-S1", "L1-S127-decode-gqa8", "L63-S1-causal-mostly-blind", "L127-S63-causal-blind-rows",
     "L127-S63-columns-causal", "L127-S1000-causal-gqa2", "L1000-S1000-causal", "D32-f32", "D80-f16",
     "D80-f32-columns", "D192-Dv128-bf16-mla", "D256-f16", "D32-Dv96-f16", "blhd-bf16-gqa4",
@@ -187,24 +187,25 @@ def test_backward(engine, case):
 # -- the BLASST skip ------------------------------------------------------------------------------
 
 SKIPS = [
-    Case("full-f32", "full", L=200, S=300),
-    Case("full-bf16-causal", "full", L=200, S=200, dtype=BF16, causal=True),
-    Case("full-f16-causal-L<S", "full", L=100, S=250, dtype=F16, causal=True, D=128),
-    Case("full-f32-causal-L>S-blind-rows", "full", L=250, S=170, causal=True),
-    Case("random-f32-gqa4-kvheads", "random", L=130, S=300, heads=8, kv_heads=2, layout_heads="kv"),
-    Case("emptyrows-bf16", "empty_rows", L=130, S=300, dtype=BF16, layout_heads="q", batch=2),
-    Case("columns-f32-causal", "columns", L=200, S=250, causal=True, layout_heads="q"),
-    Case("block-16x64-f16-padding-rows", "full", L=100, S=300, block=(16, 64), dtype=F16),
-    Case("block-64x16-bf16-padding-rows", "full", L=65, S=300, block=(64, 16), dtype=BF16, D=80),
+    Case("full-f32", "full", L=100, S=200),
+    Case("full-bf16-causal", "full", L=160, S=160, dtype=BF16, causal=True),
+    Case("full-f16-causal-L<S", "full", L=70, S=200, dtype=F16, causal=True, D=128),
+    Case("full-f32-causal-L>S-blind-rows", "full", L=200, S=130, causal=True),
+    Case("random-f32-gqa3-kvheads", "random", L=70, S=220, heads=6, kv_heads=2, layout_heads="kv"),
+    Case("emptyrows-bf16", "empty_rows", L=70, S=220, dtype=BF16, layout_heads="q", batch=2),
+    Case("columns-f32-causal", "columns", L=100, S=200, causal=True, layout_heads="q"),
+    Case("block-16x64-f16-padding-rows", "full", L=40, S=300, block=(16, 64), dtype=F16),
+    Case("block-64x16-bf16-padding-rows", "full", L=65, S=120, block=(64, 16), dtype=BF16, D=80),
 ]
 
 
 def skipping(q, k, case: Case, layout: SparseLayout):
     """Inputs in which whole key blocks are faint, and a per-head rule: some tiles fall, some stay."""
     generator = torch.Generator().manual_seed(5)
-    strength = torch.where(torch.rand(layout.num_key_blocks, generator=generator) < 0.5, 0.1, 1.0)
-    strength[0] = 1.0
+    strength = torch.ones(layout.num_key_blocks)
+    strength[1::2] = 0.1
     k = k * strength.repeat_interleave(layout.block_n)[: case.S, None].to(k)
+    # Half of the tiles lag far behind the running maximum, the others come near it.
     threshold = torch.rand(q.shape[:2], generator=generator) * 0.2 + 0.1
     return q * 2, k, Plan(layout, threshold.log().to(q.device))
 
@@ -219,7 +220,7 @@ def test_skip_votes_and_output(engine, case):
     listed, kept = ~margin.isnan(), got.kept.bool()
     assert 0.05 < (kept.sum() / listed.sum()).item() < 0.95
     clear = (margin[listed].abs() > slack).all()
-    if clear:
+    if clear:  # no vote is within rounding of the other outcome
         other = attend(
             q, k, v, plan, is_causal=case.causal, enable_gqa=True, engine="reference", want_kept=True
         )
