@@ -11,7 +11,7 @@ from references import s2 as reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sparse_attn as sa
-from sparse_attn.methods import METHODS, Context
+from sparse_attn.methods import METHODS, Context, per_head
 from sparse_attn.methods.per_head import LayoutLru
 from sparse_attn.methods.s2 import S2Config, s2_layout
 from sparse_attn.methods.s2_report import is_kv_cache_efficient
@@ -184,6 +184,20 @@ def test_cache_is_bounded_by_bytes_and_forgets_the_oldest():
     assert cache.get("a", make(4)) is first, "used last, so it stays"
     cache.get("large", make(100))
     assert len(cache) == 1
+    cache.clear()
+    assert len(cache) == 0
+
+
+def test_cache_counts_what_engines_derive_and_caps_the_number_of_layouts(monkeypatch):
+    cache = LayoutLru(max_bytes=1000)
+    small = cache.get("small", lambda: sa.SparseLayout.full(64, 16, block_m=16, block_n=16))
+    small._cache["derived"] = torch.zeros(1000, dtype=torch.uint8)
+    cache.get("next", lambda: sa.SparseLayout.full(64, 16, block_m=16, block_n=16))
+    assert len(cache) == 1
+    monkeypatch.setattr(per_head, "MAX_LAYOUTS", 3)
+    for n in range(5):
+        cache.get(n, lambda: sa.SparseLayout.full(16, 16, block_m=16, block_n=16))
+    assert len(cache) == 3
 
 
 # -- the report -----------------------------------------------------------------------------------

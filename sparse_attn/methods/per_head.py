@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 
+MAX_LAYOUTS = 256
+
 
 def join_heads(lists: Sequence[IndexList], list_of_head: Sequence[int]) -> IndexList:
     """The rows of every head, one head after the other.
@@ -46,8 +48,8 @@ def join_heads(lists: Sequence[IndexList], list_of_head: Sequence[int]) -> Index
 class LayoutLru:
     """A thread-safe cache of layouts, least recently used first out, bounded by their bytes.
 
-    A bound on bytes rather than on entries: a video model holds one small layout a layer, a language
-    model one large layout for all layers.
+    The bound is one of bytes, since a video model holds one small layout a layer, a language model one
+    large layout for all layers. At most `MAX_LAYOUTS` stay in any case: decoding makes one a token.
 
     Args:
         max_bytes: what the cached layouts may hold together, with the lists that engines derived
@@ -57,6 +59,7 @@ class LayoutLru:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._layouts: OrderedDict[Hashable, SparseLayout] = OrderedDict()
+        self._sizes: dict[Hashable, int] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -65,6 +68,7 @@ class LayoutLru:
     def clear(self) -> None:
         with self._lock:
             self._layouts.clear()
+            self._sizes.clear()
 
     def get(self, key: Hashable, build: Callable[[], SparseLayout]) -> SparseLayout:
         """The layout of `key`, built on the first call.
@@ -79,10 +83,13 @@ class LayoutLru:
         with torch.inference_mode(False), _disable_current_modes(), torch._C.DisableTorchFunction():
             layout = build()
         with self._lock:
-            self._layouts[key] = layout
-            sizes = {name: _num_bytes(held) for name, held in self._layouts.items()}
-            while len(self._layouts) > 1 and sum(sizes.values()) > self.max_bytes:
-                del sizes[self._layouts.popitem(last=False)[0]]
+            if self._layouts:
+                # By now the engines have derived their lists from the one used last: measure it again.
+                used_last = next(reversed(self._layouts))
+                self._sizes[used_last] = _num_bytes(self._layouts[used_last])
+            self._layouts[key], self._sizes[key] = layout, _num_bytes(layout)
+            while len(self) > 1 and (len(self) > MAX_LAYOUTS or sum(self._sizes.values()) > self.max_bytes):
+                del self._sizes[self._layouts.popitem(last=False)[0]]
         return layout
 
 
