@@ -15,6 +15,7 @@ struct BackwardQuery {
   float *q, *grad_out, *dq;  // [panels][D or Dv][kPanel]
   float *p, *dp;             // [kChunk][kPanel]
   float* rows;
+  Prefetch ahead;
 
   BackwardQuery(const Shape& shape, const BackwardQueryTask& task, float* scratch) : shape(shape), task(task) {
     scratch_floats = lay_out({scratch});
@@ -58,8 +59,8 @@ struct BackwardQuery {
       int64_t seen = shape.is_causal ? seen_by(run, limit + lanes - 1) : run.count;
       if (seen == 0) continue;
       Vec unused[2] = {};
-      rows_dot_panel(run.k, seen, shape.D, q + i * shape.D * kPanel, shape.scale, p, unused);
-      rows_dot_panel(run.v, seen, shape.Dv, grad_out + i * shape.Dv * kPanel, 1.f, dp, unused);
+      rows_dot_panel(run.k, seen, shape.D, q + i * shape.D * kPanel, shape.scale, p, unused, ahead);
+      rows_dot_panel(run.v, seen, shape.Dv, grad_out + i * shape.Dv * kPanel, 1.f, dp, unused, ahead);
       Vec lse[2], delta[2];
       load_lanes(task.lse + first, lanes, kInf, lse);
       load_lanes(task.delta + first, lanes, 0.f, delta);
@@ -72,7 +73,7 @@ struct BackwardQuery {
                        dp + j * kPanel + kLanes);
       }
       const Vec keep[2] = {splat(1.f), splat(1.f)};
-      add_rows_panel(run.k, seen, shape.D, dp, keep, dq + i * shape.D * kPanel);
+      add_rows_panel(run.k, seen, shape.D, dp, keep, dq + i * shape.D * kPanel, ahead);
     }
   }
 
@@ -99,6 +100,7 @@ struct BackwardKey {
   float *k, *v, *dk, *dv;  // [panels][D or Dv][kPanel]
   float *p, *dp;           // [kChunk][kPanel]
   float* rows;
+  Prefetch ahead;
 
   BackwardKey(const Shape& shape, const BackwardKeyTask& task, float* scratch) : shape(shape), task(task) {
     scratch_floats = lay_out({scratch});
@@ -154,8 +156,8 @@ struct BackwardKey {
     RowRun q{source.q.base + first * source.q.stride, source.q.stride, nullptr};
     RowRun grad{source.grad_out.base + first * source.grad_out.stride, source.grad_out.stride, nullptr};
     Vec unused[2] = {};
-    rows_dot_panel(q, count, shape.D, k + i * shape.D * kPanel, shape.scale, p, unused);
-    rows_dot_panel(grad, count, shape.Dv, v + i * shape.Dv * kPanel, 1.f, dp, unused);
+    rows_dot_panel(q, count, shape.D, k + i * shape.D * kPanel, shape.scale, p, unused, ahead);
+    rows_dot_panel(grad, count, shape.Dv, v + i * shape.Dv * kPanel, 1.f, dp, unused, ahead);
     alignas(64) int32_t positions[kPanel];
     for (int lane = 0; lane < kPanel; ++lane) {
       positions[lane] = static_cast<int32_t>(position(min64(i * kPanel + lane, task.num_keys - 1)));
@@ -171,8 +173,8 @@ struct BackwardKey {
       score_gradient(right <= limit, lse, delta, p + j * kPanel + kLanes, dp + j * kPanel + kLanes);
     }
     const Vec keep[2] = {splat(1.f), splat(1.f)};
-    add_rows_panel(grad, count, shape.Dv, p, keep, dv + i * shape.Dv * kPanel);
-    add_rows_panel(q, count, shape.D, dp, keep, dk + i * shape.D * kPanel);
+    add_rows_panel(grad, count, shape.Dv, p, keep, dv + i * shape.Dv * kPanel, ahead);
+    add_rows_panel(q, count, shape.D, dp, keep, dk + i * shape.D * kPanel, ahead);
   }
 
   void score_gradient(Int visible, float lse, float delta, float* scores, float* grad) const {

@@ -37,6 +37,7 @@ struct Forward {
   float *m, *l, *top;  // [panels][kPanel]
   float* scores;       // [panels, or 1 without a skip][kChunk][kPanel]
   float* rows;         // [kPanel][max(D, Dv)]
+  Prefetch ahead;
 
   Forward(const Shape& shape, const ForwardTask& task, float* scratch) : shape(shape), task(task) {
     scratch_floats = lay_out({scratch});
@@ -55,16 +56,31 @@ struct Forward {
   }
 
   void run() {
+    prefetch_rows<false>(task.q, task.first_query, task.num_queries, shape.D);
     load_panels(task.q, nullptr, task.first_query, task.num_queries, shape.D, rows, q);
     memset(out, 0, sizeof(float) * panels * shape.Dv * kPanel);
     memset(l, 0, sizeof(float) * panels * kPanel);
     for (int64_t i = 0; i < panels * kPanel; ++i) m[i] = -kInf;
-    for (int64_t t = 0; t < task.keys.num_blocks; ++t) attend_block(task.keys.blocks[t]);
+    for (int64_t t = 0; t < task.keys.num_blocks; ++t) {
+      if (t + 1 < task.keys.num_blocks) {
+        prefetch_block(task.keys.blocks[t + 1]);
+      } else {
+        prefetch_rows<true>({task.out, task.out_stride, shape.dtype}, task.first_query, task.num_queries,
+                            shape.Dv);
+      }
+      attend_block(task.keys.blocks[t]);
+    }
     for (int64_t t = 0; t < task.keys.num_columns; t += kChunk) {
       int64_t count = min64(kChunk, task.keys.num_columns - t);
       attend_run(key_run(task.k, task.v, task.keys.columns + t, 0, count));
     }
     for (int64_t p = 0; p < panels; ++p) finish(p);
+  }
+
+  void prefetch_block(int64_t block) {
+    int64_t first = block * shape.block_n, count = min64(min64(shape.block_n, shape.S - first), kChunk);
+    ahead.aim(0, task.k.base + first * task.k.stride, count * task.k.stride);
+    ahead.aim(1, task.v.base + first * task.v.stride, count * task.v.stride);
   }
 
   void attend_block(int64_t block) {
@@ -113,7 +129,7 @@ struct Forward {
     if (seen == 0) return 0;
     Vec best[2] = {load(run_top), load(run_top + kLanes)};
     const Vec before[2] = {best[0], best[1]};
-    rows_dot_panel(run.k, seen, shape.D, q + p * shape.D * kPanel, shape.scale, target, best);
+    rows_dot_panel(run.k, seen, shape.D, q + p * shape.D * kPanel, shape.scale, target, best, ahead);
     int64_t limit = first_seen_limit(p);
     if (shape.is_causal && run.position(seen - 1) > limit) {
       best[0] = before[0], best[1] = before[1];
@@ -140,7 +156,7 @@ struct Forward {
     const Vec best[2] = {load(run_top), load(run_top + kLanes)};
     Vec keep[2];
     softmax_panel(scored, seen, best, m + p * kPanel, l + p * kPanel, keep);
-    add_rows_panel(run.v, seen, shape.Dv, scored, keep, out + p * shape.Dv * kPanel);
+    add_rows_panel(run.v, seen, shape.Dv, scored, keep, out + p * shape.Dv * kPanel, ahead);
   }
 
   // The vote of `Plan`: whether every query of the block has its largest logit in this tile below its

@@ -113,18 +113,41 @@ inline void for_strips(int64_t count, const F& run) {
   if (rest > 0) run_strip<kRows>(rest, first, run);
 }
 
+// Memory that the next tile reads, asked for a few lines at a time between the strips of this one: in one
+// burst the requests would hold up the loads of the products. (EPYC 7003, D 128, 6 tiles a row: 70 -> 83
+// GFLOPS; the burst gained nothing.)
+struct Prefetch {
+  static constexpr int kLinesAStrip = 6;
+  const char *next[2] = {}, *end[2] = {};
+
+  void aim(int which, const float* from, int64_t floats) {
+    next[which] = reinterpret_cast<const char*>(from);
+    end[which] = next[which] + floats * 4;
+  }
+
+  void step() {
+    for (int which = 0; which < 2; ++which) {
+      for (int i = 0; i < kLinesAStrip && next[which] < end[which]; ++i, next[which] += 64) {
+        __builtin_prefetch(next[which], 0, 2);
+      }
+    }
+  }
+};
+
 // out[j][lane] = scale * rows[j] . panel[:, lane] for j < count; `top` takes the maximum.
 inline void rows_dot_panel(const RowRun& rows, int64_t count, int width, const float* panel, float scale,
-                           float* out, Vec* top) {
+                           float* out, Vec* top, Prefetch& ahead) {
   for_strips(count, [&]<int R>(int64_t first) {
+    ahead.step();
     dot_rows<R>(rows, first, width, panel, scale, out, top);
   });
 }
 
 // target[c][lane] = target[c][lane] * keep[lane] + sum_j rows[j][c] * panel[j][lane] for c < width.
 inline void add_rows_panel(const RowRun& rows, int64_t count, int width, const float* panel,
-                           const Vec* keep, float* target) {
+                           const Vec* keep, float* target, Prefetch& ahead) {
   for_strips(width, [&]<int R>(int64_t first) {
+    ahead.step();
     add_rows<R>(rows, count, static_cast<int>(first), panel, keep, target);
   });
 }

@@ -25,6 +25,17 @@ struct Arena {
   }
 };
 
+// Asks for rows that are about to be transposed: a transpose touches many lines before it ends one.
+template <bool kForWriting>
+inline void prefetch_rows(const RawRows& rows, int64_t first, int64_t count, int width) {
+  for (int64_t i = 0; i < count; ++i) {
+    const char* row = static_cast<const char*>(row_of(rows, first + i));
+    for (int at = 0; at < width * element_size(rows.dtype); at += 64) {
+      __builtin_prefetch(row + at, kForWriting ? 1 : 0, 3);
+    }
+  }
+}
+
 // panel[d][lane] = source[row(lane)][d] for `lanes` rows; the other lanes are 0.
 // row(lane) = index ? index[lane] : first + lane. rows: scratch [kPanel][width].
 inline void load_panel(const RawRows& source, const int32_t* index, int64_t first, int lanes, int width,
