@@ -24,7 +24,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,6 +286,40 @@ def cached_path(kind: str) -> Path:
     return cache_dir() / f"{kind}-{source_hash(kind)}-{tail}.so"
 
 
+def build_into_package(kind: str, folder: Path) -> Path:
+    """Compile a kind into a package folder, as `_<kind>-<source hash>.so`; older ones are removed.
+
+    Raises:
+        BuildError: as `build_to`; the message is also kept in `_<kind>.log` there.
+    """
+    log = folder / f"_{kind}.log"
+    target = folder / f"_{kind}-{source_hash(kind)}.so"
+    with _failure_kept_in(log):
+        if not target.exists():
+            build_to(kind, target)
+    for old in folder.glob(f"_{kind}-*.so"):
+        if old != target:
+            old.unlink()
+    return target
+
+
+@contextmanager
+def _failure_kept_in(log: Path) -> Iterator[None]:
+    """Write the message of a BuildError to `log`, where `sparse_attn.library` finds it; remove an old one."""
+    log.unlink(missing_ok=True)
+    try:
+        yield
+    except BuildError as error:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"{error}\n")
+        raise
+
+
+def failure_logs(kind: str) -> list[Path]:
+    """Where the last failed build of a kind left its message: the user's cache, the package."""
+    return [path for path in (cache_dir() / f"{kind}.log", PACKAGE / f"_{kind}.log") if path.exists()]
+
+
 def wanted_kinds(request: str | None = None) -> list[str]:
     """The kinds to build: of `request`, else of SPARSE_ATTN_BUILD, else all that this machine can build.
 
@@ -313,12 +349,14 @@ def build_command(kind: str = "", force: bool = False) -> None:
             if not source_files(each):
                 print(f"{each}: no {'CUDA' if each == 'cuda' else 'C++'} sources; nothing to build.")
                 continue
-            target = cached_path(each)
+            with _failure_kept_in(cache_dir() / f"{each}.log"):
+                target = cached_path(each)
             if target.exists() and not force:
                 print(f"{each}: up to date: {target}")
                 continue
-            print(f"{each}: compiling {len(source_files(each))} files on {max_jobs()} processes ...")
-            print(f"{each}: built {build_to(each, target)}")
+            print(f"{each}: compiling on {max_jobs()} processes ...", flush=True)
+            with _failure_kept_in(cache_dir() / f"{each}.log"):
+                print(f"{each}: built {build_to(each, target)}")
     except BuildError as error:
         print(f"sparse-attn build: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -12,34 +12,28 @@ from sparse_attn import build
 _REMEDY = "run `sparse-attn build`"
 
 
-def packaged_path(kind: str) -> Path:
-    """Where an install puts a library."""
-    return build.PACKAGE / f"_{kind}.so"
-
-
-def stamp_path(library: Path) -> Path:
-    """A text file beside an installed library: the hash of the sources that it was built from."""
-    return library.with_suffix(".sources")
-
-
 def find(kind: str) -> Path | str:
     """The library of a kind, or why there is none.
 
-    The user's cache is asked first, then the package. A library built from other sources than those
-    beside the package is not taken.
+    The user's cache is asked first, then the package. Where the sources lie beside the package, a library
+    built from other sources is not taken.
     """
     sources = build.source_hash(kind)
-    cached = sorted(build.cache_dir().glob(f"{kind}-{sources}-*.so"), key=lambda path: path.stat().st_mtime)
-    if sources and cached:
-        return cached[-1]
-    packaged = packaged_path(kind)
-    if not packaged.exists():
-        return f"its {kind} library is not built; {_REMEDY}."
-    stamp = stamp_path(packaged)
-    built_from = stamp.read_text().strip() if stamp.exists() else ""
-    if sources and built_from != sources:
-        return f"its {kind} library was built from other sources; {_REMEDY}."
-    return packaged
+    if not sources:
+        shipped = sorted(build.PACKAGE.glob(f"_{kind}-*.so"))
+        return shipped[0] if shipped else f"its {kind} library is not built, and there are no sources for it."
+    cached = build.cache_dir().glob(f"{kind}-{sources}-*.so")
+    found = sorted(cached, key=lambda path: path.stat().st_mtime, reverse=True)
+    found += build.PACKAGE.glob(f"_{kind}-{sources}.so")
+    if found:
+        return found[0]
+    logs = build.failure_logs(kind)
+    if logs:
+        last = logs[0].read_text().strip()
+        return f"building its {kind} library failed: {last}\n(kept in {logs[0]}; mend it, then {_REMEDY})."
+    others = [*build.cache_dir().glob(f"{kind}-*.so"), *build.PACKAGE.glob(f"_{kind}-*.so")]
+    state = "was built from other sources" if others else "is not built"
+    return f"its {kind} library {state}; {_REMEDY}."
 
 
 @cache
@@ -53,6 +47,6 @@ def load(kind: str) -> str | None:
         return path
     try:
         torch.ops.load_library(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         return f"its {kind} library {path} does not load ({error}); {_REMEDY} --force."
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn import library
 from sparse_attn.engines.base import AttendCall, new_out
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +20,8 @@ class CpuEngine:
     name = "cpu"
 
     def why_off(self) -> list[str]:
+        from sparse_attn import library  # late: `python -m sparse_attn.build` must not import itself twice
+
         reason = library.load("cpu")
         return [] if reason is None else [reason]
 
