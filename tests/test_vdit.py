@@ -326,6 +326,7 @@ def test_registry_entry():
         ({"grid": (2, 3.0, 5)}, "grid is"),
         ({"grid": (30, 1, 0)}, "grid is"),
         ({"patterns": ["full"] * 3}, "patterns has 3 entries but query has 4 heads; pass one a head"),
+        ({"patterns": ["full"]}, "patterns has 1 entries but query has 4 heads; pass one a head"),
         ({"patterns": []}, "patterns is empty"),
         ({"patterns": ["full", "full", "full", "ful"]}, "unknown pattern 'ful'"),
         ({"patterns": "vertical_stripe:columns=30"}, r"column 30 lies outside the 30 video tokens"),

@@ -8,7 +8,7 @@ here the patterns are given, and heads of all kinds run in one call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ class VDiTConfig:
     """The patterns of one layer and the geometry of its tokens.
 
     Attributes:
-        patterns: one pattern for each query head, or a single one for all of them; patterns, strings
-            or dicts (`vdit_patterns.py` lists the forms).
+        patterns: a list with one pattern for each query head, or a single pattern, not in a list, for
+            all of them; patterns are objects, strings or dicts (`vdit_patterns.py` lists the forms).
         grid: (frames, height, width) in tokens; video tokens are numbered frame by frame, row by row.
         text_len: text tokens in the sequence (0 where text enters by cross-attention).
         text_first: the text precedes the video (CogVideoX) rather than follows it (HunyuanVideo).
@@ -50,11 +50,13 @@ class VDiTConfig:
     text_valid: int | None = None
     block_size: int = 128
     skip_value: str = "zero"
+    for_all_heads: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         given: Any = self.patterns
         if isinstance(given, (Pattern, str, Mapping)):
             given = (given,)
+            object.__setattr__(self, "for_all_heads", True)
         object.__setattr__(self, "patterns", tuple(parse_pattern(x) for x in given))
         problems = [] if self.patterns else ["patterns is empty; pass one for each query head"]
         grid = tuple(self.grid) if isinstance(self.grid, (list, tuple)) else self.grid
@@ -182,7 +184,7 @@ def select(
             f"key has {S} tokens and query {L}; this is self-attention: key must have {tokens.S}"
             f"{left_out} (leave cross-attention dense)"
         )
-    if len(config.patterns) not in (1, heads):
+    if len(config.patterns) != heads and not config.for_all_heads:
         problems.append(
             f"patterns has {len(config.patterns)} entries but query has {heads} heads; pass one a head"
         )
@@ -196,7 +198,7 @@ def select(
 def finish(out: Tensor, value: Tensor, config: VDiTConfig) -> Tensor:
     """Fill the skipped heads with the mean of value, if the config asks for it."""
     heads, group = out.shape[1], out.shape[1] // value.shape[1]
-    patterns = config.patterns * heads if len(config.patterns) == 1 else config.patterns
+    patterns = config.patterns * heads if config.for_all_heads else config.patterns
     skipped = [h for h, pattern in enumerate(patterns) if isinstance(pattern, Skip)]
     if config.skip_value == "zero" or not skipped:
         return out
