@@ -130,14 +130,17 @@ class Case:
         return isinstance(self.pattern, Full)
 
     def resized(self, length: int, kv_heads: int = 2) -> Case:
-        """The same problem, shorter and with fewer heads (whole groups of query heads)."""
+        """The same problem, shorter (a video grid: of another size) and with fewer heads (whole groups
+        of query heads)."""
         kv = min(kv_heads, self.kv_heads)
         q = kv * (self.q_heads // self.kv_heads)
         grid = self.grid
         if grid is not None:
             grid = small_grid(grid, length - self.text_len)
             length = grid[0] * grid[1] * grid[2] + self.text_len
-        return replace(self, q_heads=q, kv_heads=kv, length=min(length, self.length), grid=grid)
+        elif length > self.length:
+            length = self.length
+        return replace(self, q_heads=q, kv_heads=kv, length=length, grid=grid)
 
 
 def small_grid(grid: tuple[int, int, int], tokens: int) -> tuple[int, int, int]:

@@ -16,7 +16,8 @@ from sparse_attn.bench.cases import ByMethod, Case
 from sparse_attn.bench.problem import Problem, build
 from sparse_attn.testing import check_engine, error_report, masked_attention
 
-SPOTS = 6  # query blocks that the full-size check computes exactly
+# The full-size check computes this many query blocks exactly: at least SPOTS, more where they are cheap.
+SPOTS, SPOT_SCORES = 6, 1 << 24
 
 # What makes a method keep everything, which must then give dense attention.
 KEEP_EVERYTHING = {"anchor": {"theta": float("inf")}, "blasst": {"threshold": 0.0}}
@@ -37,7 +38,7 @@ def check_small(case: Case, engine: str, device: str) -> None:
     _check_engine(small, engine, device)
     pattern = case.pattern
     if isinstance(pattern, ByMethod) and pattern.method in KEEP_EVERYTHING:
-        limit = KEEP_EVERYTHING[pattern.method]
+        limit = {**pattern.config, **KEEP_EVERYTHING[pattern.method]}
         dense = replace(small, pattern=ByMethod(pattern.method, limit), backward=False)
         problem = _check_engine(dense, engine, device)
         if abs(problem.density - 1) > 1e-9:
@@ -70,9 +71,10 @@ def check_spots(problem: Problem, out: Tensor, name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     parts: list[tuple[Tensor, ...]] = []
     rows_of: list[tuple[int, int]] = []  # head and query of each row that is compared
-    for _ in range(SPOTS):
-        head = int(torch.randint(case.q_heads, (1,), generator=generator))
-        block = int(torch.randint(layout.num_query_blocks, (1,), generator=generator))
+    total = case.q_heads * layout.num_query_blocks
+    count = max(SPOTS, SPOT_SCORES // (layout.block_m * layout.S))
+    for spot in torch.randperm(total, generator=generator)[:count].tolist():
+        head, block = divmod(spot, layout.num_query_blocks)
         rows = slice(block * layout.block_m, min((block + 1) * layout.block_m, layout.L))
         mask = attended_keys(problem, head, block)[None, None]
         q = problem.q[:, head, None, rows]

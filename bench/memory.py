@@ -54,6 +54,10 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
     from torch.profiler import ProfilerActivity, profile
 
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     record = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _quiet():
         record.start()
@@ -73,6 +77,9 @@ def peak_memory(call: Callable[[], Any], device: str) -> Peak:
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak, largest = max(peak, held), max(largest, event.nbytes())
+    if device == "cuda":  # the allocator's own high-water mark
+        peak = torch.cuda.max_memory_allocated() - before
+        largest = largest or peak  # no single allocation is larger than the peak
     return Peak(peak, largest, result)
 
 

@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_attn.bench.problem import Problem
 from sparse_attn.engines import ENGINES, AttendCall
 
+NO_CUDA = "timed on CUDA only"
+
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -87,7 +89,7 @@ def why_no_engine(problem: Problem) -> str:
 def _sdpa(name: str, backend: str | None) -> Provider:
     def why_not(problem: Problem) -> str | None:
         if backend is not None and problem.q.device.type != "cuda":
-            return "needs a CUDA device"
+            return NO_CUDA
         return None
 
     def make(problem: Problem) -> Forward:
@@ -112,7 +114,7 @@ _compiled_flex: list[Callable] = []
 
 def _flex_why_not(problem: Problem) -> str | None:
     if problem.q.device.type != "cuda":
-        return "timed on CUDA only (its CPU kernel has no backward and compiles for minutes)"
+        return NO_CUDA  # its CPU kernel has no backward and takes minutes to compile
     return _block_list_only(problem)
 
 
@@ -155,7 +157,7 @@ def _missing(module: str) -> str | None:
 def _flash(name: str, module: str, *, has_backward: bool = True) -> Provider:
     def why_not(problem: Problem) -> str | None:
         if problem.q.device.type != "cuda" or problem.q.dtype == torch.float32:
-            return "needs CUDA and 16 bits"
+            return NO_CUDA if problem.q.device.type != "cuda" else "needs 16 bits"
         return _missing(module)
 
     def make(problem: Problem) -> Forward:
@@ -173,8 +175,10 @@ def _flash(name: str, module: str, *, has_backward: bool = True) -> Provider:
 
 def _fa4_sparse_why_not(problem: Problem) -> str | None:
     layout = problem.plan.layout
-    if problem.q.device.type != "cuda" or problem.case.is_causal:
-        return "timed on CUDA, without a causal edge"
+    if problem.q.device.type != "cuda":
+        return NO_CUDA
+    if problem.case.is_causal:
+        return "timed without a causal edge"
     if (layout.block_m, layout.block_n) not in ((128, 128), (64, 64)):
         return "takes blocks of 128x128 or 64x64"
     return _block_list_only(problem) or _missing("flash_attn.cute")
@@ -201,8 +205,10 @@ def _fa4_sparse_make(problem: Problem) -> Forward:
 
 def _bsa_why_not(problem: Problem) -> str | None:
     layout = problem.plan.layout
-    if problem.q.device.type != "cuda" or problem.case.is_causal:
-        return "timed on CUDA, without a causal edge"
+    if problem.q.device.type != "cuda":
+        return NO_CUDA
+    if problem.case.is_causal:
+        return "timed without a causal edge"
     if layout.block_m != layout.block_n or layout.block_m not in (64, 128):
         return "takes blocks of 128x128 or 64x64"
     return _block_list_only(problem) or _missing("cudnn")

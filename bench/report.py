@@ -86,20 +86,8 @@ def _print_plain(title: str, header: list[str], cells: list[list[str]]) -> None:
 def print_rows(rows: list[Row]) -> None:
     """Times of every case and provider."""
     timed = [row for row in rows if "ms" in row]
-    header = [
-        "case",
-        "provider",
-        "step",
-        "ms",
-        "p10",
-        "p90",
-        "density",
-        "TFLOPS",
-        "eff.",
-        "recall",
-        "p1",
-        "error",
-    ]
+    names = "case provider step ms p10 p90 density TFLOPS eff. recall p1 error"
+    header = [*names.split(), "speed against"]
     cells = [
         [
             row["case"], row["provider"], row["step"],
@@ -109,6 +97,7 @@ def print_rows(rows: list[Row]) -> None:
                 ("tflops", 2), ("sparse_efficiency", 3), ("mass_recall.mean", 4), ("mass_recall.p1", 4),
                 ("output_error", 4),
             )),
+            ", ".join(f"{name} {gain:.2f}x" for name, gain in row.get("speed_vs", {}).items()),
         ]
         for row in timed
     ]  # fmt: skip

@@ -56,7 +56,7 @@ class Outcome:
     absent: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, what: str, reason: str, log: Log) -> None:
-        if reason not in self.absent.values():
+        if reason not in self.absent.values():  # the table at the end has them all
             log(f"  without {what}: {reason}")
         self.absent[what] = reason
 
@@ -183,7 +183,7 @@ def _peers(ours: _Entry, outcome: Outcome, have: set[str], log: Log) -> list[_En
             entry, reason = _try_peer(provider, target, want)
             found += [entry] if entry is not None else []
         if reason is not None:
-            outcome.leave_out(f"{name} in {case.name}", f"{name}: {reason}", log)
+            outcome.leave_out(f"{name} in {case.name}", reason, log)
     return found
 
 

@@ -55,7 +55,7 @@ TRITON_CASES = [
     Case("anchor-s32768", 32, 32, 32768, 128, _ANCHOR, is_causal=True, data="causal", gate_length=6200,
          peers=_BASELINES, rounds=9),
     *(
-        Case(f"blasst-{scale:g}", 32, 32, 32768, 128, ByMethod("blasst", {"threshold_scale": scale}),
+        Case(f"blasst-{scale:g}", 32, 32, 32768, 128, ByMethod("blasst", {"threshold": scale / 32768}),
              is_causal=True, data="causal", peers=_BASELINES, rounds=9)
         for scale in (0.0, 300.0, 3000.0, 12000.0)
     ),
