@@ -15,8 +15,12 @@ import sys
 from pathlib import Path
 
 from setuptools import Distribution, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # what `python -m venv` of Python 3.11 brings, seen under --no-build-isolation
+    sys.exit('sparse_attn: setuptools is too old; first run: pip install "setuptools>=77"')
 
 HERE = Path(__file__).resolve().parent
 
