@@ -132,11 +132,12 @@ def pool_anchor(
         init, local = regions.init_end(g) * regions.block, regions.first_local(g) * regions.block
         k = torch.cat([key[:, :, :init], key[:, :, local : last + 1]], 2).to(work)
         # The query heads of a key head side by side: one product for all.
-        logits = q.reshape(B, Hkv, -1, D) @ k.mT * scale
+        logits = (q * scale).reshape(B, Hkv, -1, D) @ k.mT
         logits = logits.view(B, Hq, stop - start, -1)
-        key_position = torch.arange(local, last + 1, device=query.device)
-        query_position = torch.arange(start, stop, device=query.device)[:, None] + regions.shift
-        logits[..., init:].masked_fill_(key_position > query_position, -torch.inf)
+        # Only keys past the first query's own position are hidden from anyone.
+        edge = torch.arange(max(start + regions.shift + 1, 0), last + 1, device=query.device)
+        position = torch.arange(start, stop, device=query.device)[:, None] + regions.shift
+        logits[..., logits.shape[-1] - edge.numel() :].masked_fill_(edge > position, -torch.inf)
         rows = logits.amax(-1) if reference == "max" else logits.logsumexp(-1)
         anchor[:, :, i] = rows.mean(-1)
     return anchor, pooled
