@@ -72,7 +72,7 @@ def print_table(title: str, header: list[str], cells: list[list[str]]) -> None:
         table.add_row(*line)
     console = Console()
     if not console.is_terminal:  # a log: do not fold the table to 80 columns
-        console = Console(width=170)
+        console = Console(width=200)
     console.print(table)
 
 

@@ -130,7 +130,7 @@ def _run_group(cases: list[Case], options: Options, outcome: Outcome) -> None:
     outcome.rows += _rows(entries, measure(_forward_runs(entries), device, rounds=rounds), "fwd")
     for entry in entries:
         if isinstance(entry.problem.case.pattern, ByMethod) and entry.is_ours:
-            outcome.rows += _method_rows(entry, device, rounds)
+            outcome.rows += _method_rows(entry, [e for e in entries if e.is_dense_time], device, rounds)
     if cases[0].backward:
         runs = _backward_runs([e for e in entries if e.provider.has_backward], outcome, log)
         able = [e for e in entries if e.key in runs]
@@ -262,7 +262,7 @@ def _rows(entries: list[_Entry], times: dict[str, Times], step: str) -> list[Row
             row["case"] = _dense_name(problem.case)
         row["tflops"] = float(f"{problem.tflops(mine.median, backward=step == 'bwd'):.5g}")
         if best is not None and not entry.provider.dense:
-            row["best_dense"] = best
+            row["best_dense"] = best.split("/")[-1]
             row["sparse_efficiency"] = round(paired_ratio(dense[best], mine) * problem.density, 4)
         if entry.is_ours:
             others = [e for e in entries if e.provider.dense or e.problem is problem]
@@ -293,28 +293,26 @@ def _row(case: Case, provider: str, step: str, times: Times, density: float) -> 
     }  # fmt: skip
 
 
-def _method_rows(entry: _Entry, device: str, rounds: int) -> list[Row]:
-    """Selection, attention and the whole call apart, timed in one set of rounds; with the whole call,
-    what the method loses against dense attention of the same engine."""
+def _method_rows(entry: _Entry, dense: list[_Entry], device: str, rounds: int) -> list[Row]:
+    """Selection, attention and the whole call apart, in one set of rounds with the dense baselines; with
+    the whole call, what the method loses against dense attention of the same engine."""
     problem, case = entry.problem, entry.problem.case
+    engine = entry.provider.name.removeprefix("ours-")
     tensors = (problem.q, problem.k, problem.v)
-    dense = _dense(problem)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "select": lambda: select(case, problem.q, problem.k),
         "attend": lambda: entry.forward(*tensors),
-        "total": lambda: whole_call(problem, entry.provider.name.removeprefix("ours-")),
-        "dense": _forward_runs([_Entry(entry.provider, dense, entry.provider.make(dense))]).popitem()[1],
+        "total": lambda: whole_call(problem, engine),
     }
-    times = measure(runs, device, rounds=rounds)
-    rows = [
-        _row(case, entry.provider.name, step, times[step], problem.density)
-        for step in ("select", "attend", "total")
-    ]
-    rows[-1]["speed_vs"] = {
-        "dense of the same engine": round(paired_ratio(times["dense"], times["total"]), 4)
-    }
-    rows[-1] |= quality(problem, entry.provider.name.removeprefix("ours-"))
-    return rows
+    steps = list(runs)
+    times = measure(runs | _forward_runs(dense), device, rounds=rounds)
+    rows = [_row(case, entry.provider.name, step, times[step], problem.density) for step in steps]
+    best = min(dense, key=lambda e: times[e.key].median)
+    total = rows[-1]
+    total["best_dense"] = best.provider.name
+    total["sparse_efficiency"] = round(paired_ratio(times[best.key], times["total"]) * problem.density, 4)
+    total["speed_vs"] = {e.provider.name: round(paired_ratio(times[e.key], times["total"]), 4) for e in dense}
+    return [*rows[:-1], total | quality(problem, engine)]
 
 
 def whole_call(problem: Problem, engine: str) -> Tensor:
