@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "gguf", "ma
 # What each variable changes; only those that are set are shown, and any other SPARSE_ATTN_*.
 VARIABLES = {
     "SPARSE_ATTN_ENGINE": "engine that every call insists on",
-    "SPARSE_ATTN_CPU": "instruction set of the cpu engine",
+    "SPARSE_ATTN_CPU_ISA": "instruction set of the cpu engine",
     "SPARSE_ATTN_DEBUG": "checks that synchronise with the device",
     "SPARSE_ATTN_BUILD": "what is compiled: auto, cpu, cuda or none",
     "SPARSE_ATTN_CACHE": "where compiled libraries are kept",

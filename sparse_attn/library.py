@@ -12,21 +12,26 @@ from sparse_attn import build
 _REMEDY = "run `sparse-attn build`"
 
 
+def packaged_path(kind: str) -> Path:
+    """Where an install puts the library of these sources; without sources, the one that was shipped."""
+    sources = build.source_hash(kind)
+    shipped = [] if sources else sorted(build.PACKAGE.glob(f"_{kind}-*.so"))
+    return shipped[0] if shipped else build.PACKAGE / f"_{kind}-{sources}.so"
+
+
 def find(kind: str) -> Path | str:
     """The library of a kind, or why there is none.
 
     The user's cache is asked first, then the package. Where the sources lie beside the package, a library
     built from other sources is not taken.
     """
-    sources = build.source_hash(kind)
+    sources, packaged = build.source_hash(kind), packaged_path(kind)
+    cached = build.cache_dir().glob(f"{kind}-{sources}-*.so") if sources else ()
+    newest_first = sorted(cached, key=lambda path: path.stat().st_mtime, reverse=True)
+    if newest_first or packaged.exists():
+        return newest_first[0] if newest_first else packaged
     if not sources:
-        shipped = sorted(build.PACKAGE.glob(f"_{kind}-*.so"))
-        return shipped[0] if shipped else f"its {kind} library is not built, and there are no sources for it."
-    cached = build.cache_dir().glob(f"{kind}-{sources}-*.so")
-    found = sorted(cached, key=lambda path: path.stat().st_mtime, reverse=True)
-    found += build.PACKAGE.glob(f"_{kind}-{sources}.so")
-    if found:
-        return found[0]
+        return f"its {kind} library is not built, and its sources are not here; reinstall sparse-attn."
     logs = build.failure_logs(kind)
     if logs:
         last = logs[0].read_text().strip()
