@@ -97,7 +97,6 @@ def candidates(names: str | None) -> list[Candidate]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in present]
     if unknown or not wanted:
-        raise ValueError(
-            f"demo: unknown method {', '.join(unknown) or names!r}; choose from {','.join(present)}."
-        )
+        what = ", ".join(map(repr, unknown)) or repr(names)
+        raise ValueError(f"demo: unknown method {what}; choose from {','.join(present)}.")
     return [present[name] for name in dict.fromkeys(wanted)]

@@ -31,7 +31,8 @@ tr.part td { background: #f6f7f9; color: var(--soft); font-size: .85rem; font-we
 tr.dense td { color: var(--soft); font-weight: 400; }
 .bar { display: block; height: 4px; margin-top: 3px; background: var(--line); border-radius: 2px; }
 .bar i { display: block; height: 4px; background: var(--deep); border-radius: 2px; }
-.head { margin: 0 0 18px; }
+.heads { display: grid; grid-template-columns: repeat(2, 1fr); gap: 18px; }
+.head.wide { grid-column: 1 / -1; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(230px, 46%), 1fr)); gap: 14px; }
 figure { margin: 10px 0 0; }
 figure img { width: 100%; aspect-ratio: 1; image-rendering: pixelated; display: block; }
@@ -46,6 +47,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margi
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   main { padding: 18px 12px 32px; }
+  .head { grid-column: 1 / -1; }
   h1 { font-size: 1.35rem; }
   .card { padding: 12px; }
   .scroll { padding: 0; }
@@ -112,7 +114,7 @@ def _pictures(pictures: list[Picture], labels: dict[str, str]) -> str:
         '<i style="background:#c81e14"></i>attention mass that is missed.</p>'
     )
     heads = [_head(picture, labels) for picture in pictures]
-    return f"<h2>What the methods read</h2>{key}{chr(10).join(heads)}"
+    return f'<h2>What the methods read</h2>{key}<div class="heads">{chr(10).join(heads)}</div>'
 
 
 def _head(picture: Picture, labels: dict[str, str]) -> str:
@@ -121,8 +123,9 @@ def _head(picture: Picture, labels: dict[str, str]) -> str:
         source = pattern_png(picture.truth, picture.kept[name], picture.attended[name], picture.visible)
         numbers = f"density {picture.density[name]:.0%}, recall {picture.recall(name):.1%}"
         figures.append(_figure(source, labels[name], numbers))
+    wide = " wide" if len(figures) > 2 else ""
     return (
-        f'<div class="card head"><h3>{escape(picture.title)}</h3>'
+        f'<div class="card head{wide}"><h3>{escape(picture.title)}</h3>'
         f'<div class="soft">{escape(picture.caption)}</div><div class="tiles">{"".join(figures)}</div></div>'
     )
 
