@@ -2,8 +2,8 @@
 
 One program computes one tile of BLOCK_M queries of one head: a layout block, a part of a larger one,
 or (MERGED) several small ones that share a union list with one bit for each of them. It reads q once,
-walks its row of the list (the unmasked prefix first, then the tail that the causal edge or the sequence
-end cuts), and writes out, lse (natural log) and, with a BLASST skip, the tiles it kept.
+walks its row of the list (only the tail that the causal edge or the sequence end cuts is masked), and
+writes out, lse (natural log) and, with a BLASST skip, the tiles it kept.
 """
 
 import triton
@@ -17,16 +17,44 @@ from sparse_attn.kernels.softmax import (
     load_rows,
     load_tile,
     matmul,
-    num_steps,
+    member_rows,
+    program_place,
     store_rows,
 )
 
 
 @triton.jit
-def visit_keys(
-    acc,  # [BLOCK_M, BLOCK_DV] fp32
-    l_i,  # [BLOCK_M] fp32
-    m_i,  # [BLOCK_M] fp32, base 2
+def hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL: tl.constexpr):
+    """Scores with -inf where a query must not see a key."""
+    seen = (keys < S)[None, :]
+    if IS_CAUSAL:
+        seen = seen & (keys[None, :] <= offs_m[:, None] + (S - L))
+    return tl.where(seen, s, -float("inf"))
+
+
+@triton.jit
+def update_softmax(
+    acc, l_i, m_i, s, v_tile, scale_log2, member, MERGED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One step of the online softmax. acc [BLOCK_M, BLOCK_DV], l_i and m_i (base 2) [BLOCK_M], fp32."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    if MERGED:  # queries whose own block does not list this key block keep their state
+        m_new = tl.where(member, m_new, m_i)
+    m_used = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0) = 0
+    alpha = tl.exp2(m_i - m_used)
+    if MERGED:
+        m_used = tl.where(member, m_used, float("inf"))
+    p = tl.exp2(s * scale_log2 - m_used[:, None])
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = matmul(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
+    return acc, l_i, m_new
+
+
+@triton.jit
+def visit_blocks(
+    acc,
+    l_i,
+    m_i,
     q,  # [BLOCK_M, BLOCK_D]
     offs_m,  # [BLOCK_M] query numbers
     k,
@@ -38,14 +66,11 @@ def visit_keys(
     stride_kn,
     stride_vn,
     list_ptr,
-    first_step,
-    last_step,
-    count,
+    middle,
+    last,
     L,
     S,
     scale_log2,
-    limit,
-    kept,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -55,78 +80,202 @@ def visit_keys(
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
     MERGED: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """The first `last` blocks of a row, BLOCK_N keys a step; from `middle` on they are masked."""
+    SUB: tl.constexpr = KEY_BLOCK // BLOCK_N
+    MERGE: tl.constexpr = BLOCK_M // QUERY_BLOCK if MERGED else 0
+    # The number of the next block is loaded a step ahead of its keys.
+    entry = tl.load(list_ptr, mask=last > 0, other=0)
+    for step in tl.range(0, last * SUB, num_stages=NUM_STAGES):
+        first_key = (entry >> MERGE) * KEY_BLOCK + (step % SUB) * BLOCK_N
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(
+            k,
+            k_desc,
+            batch,
+            kv_head,
+            first_key,
+            keys,
+            stride_kn,
+            S,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            True,
+            USE_TMA,
+        )
+        s = matmul(q, tl.trans(k_tile), None, PRECISION)
+        if step >= middle * SUB:
+            s = hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL)
+        v_tile = load_tile(
+            v,
+            v_desc,
+            batch,
+            kv_head,
+            first_key,
+            keys,
+            stride_vn,
+            S,
+            VALUE_DIM,
+            BLOCK_N,
+            BLOCK_DV,
+            True,
+            USE_TMA,
+        )
+        member = member_rows(entry, BLOCK_M, QUERY_BLOCK) if MERGED else True
+        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, member, MERGED, PRECISION)
+        entry = tl.load(list_ptr + (step + 1) // SUB, mask=step + 1 < last * SUB, other=0)
+    return acc, l_i, m_i
+
+
+@triton.jit
+def visit_blocks_with_skip(
+    acc,
+    l_i,
+    m_i,
+    q,
+    offs_m,
+    k,
+    v,
+    k_desc,
+    v_desc,
+    batch,
+    kv_head,
+    stride_kn,
+    stride_vn,
+    list_ptr,
+    middle,
+    last,
+    L,
+    S,
+    scale_log2,
+    limit,  # log2 of lambda
+    kept,  # row of [Sb] uint8
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     WANT_KEPT: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
-    """Steps first_step .. last_step - 1 of one list."""
-    GATHER: tl.constexpr = KEY_BLOCK < BLOCK_N
-    SUB: tl.constexpr = 1 if GATHER else KEY_BLOCK // BLOCK_N
-    MERGE: tl.constexpr = BLOCK_M // QUERY_BLOCK if MERGED else 1
-    offs_n = tl.arange(0, BLOCK_N)
-    if not GATHER:  # the number of the next block is loaded a step ahead of its keys
-        entry = tl.load(list_ptr + first_step // SUB, mask=first_step < last_step, other=0)
-    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES, warp_specialize=WARP_SPECIALIZE):
-        # -- scores: [BLOCK_M, BLOCK_N] fp32
-        if GATHER:
-            keys = gathered_keys(list_ptr, step, count, S, KEY_BLOCK, BLOCK_N, MASKED)
-            k_tile = load_rows(k, keys, stride_kn, S, HEAD_DIM, BLOCK_D, MASKED)
-        else:
-            block = entry
-            if MERGED:
-                block = entry >> MERGE
-            first_key = block * KEY_BLOCK + (step % SUB) * BLOCK_N
-            keys = first_key + offs_n
-            k_tile = load_tile(
-                k, k_desc, batch, kv_head, first_key, keys, stride_kn, S,
-                HEAD_DIM, BLOCK_N, BLOCK_D, MASKED, USE_TMA,
-            )  # fmt: skip
+    """As `visit_blocks`, but a block that every query votes to skip changes nothing (`Plan`). The vote
+    is over the whole block; the update walks the same sub-tiles in the same order, so that a vote that
+    skips nothing gives the bits of `visit_blocks`."""
+    SUB: tl.constexpr = KEY_BLOCK // BLOCK_N
+    tl.static_assert(SUB <= 2, "a vote covers at most two sub-tiles")
+    entry = tl.load(list_ptr, mask=last > 0, other=0)
+    for step in tl.range(0, last, num_stages=NUM_STAGES):
+        first_key = entry * KEY_BLOCK
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_tile = load_tile(
+            k,
+            k_desc,
+            batch,
+            kv_head,
+            first_key,
+            keys,
+            stride_kn,
+            S,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            True,
+            USE_TMA,
+        )
         s = matmul(q, tl.trans(k_tile), None, PRECISION)
-        if MASKED:
-            seen = (keys < S)[None, :]
-            if IS_CAUSAL:
-                seen = seen & (keys[None, :] <= offs_m[:, None] + (S - L))
-            s = tl.where(seen, s, -float("inf"))
-        tile_max = tl.max(s, 1) * scale_log2
-
-        # -- the vote: one scalar branch for the whole tile
-        keep_tile = True
-        if HAS_SKIP:
-            dissent = (offs_m < L) & (tile_max > -float("inf")) & (tile_max >= m_i + limit)
-            keep_tile = tl.max(dissent.to(tl.int32), 0) > 0
-        if GATHER:
-            v_tile = load_rows(v, keys, stride_vn, S, VALUE_DIM, BLOCK_DV, MASKED)
-        else:
-            v_tile = load_tile(
-                v, v_desc, batch, kv_head, first_key, keys, stride_vn, S,
-                VALUE_DIM, BLOCK_N, BLOCK_DV, MASKED, USE_TMA,
+        if step >= middle:
+            s = hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL)
+        tile_max = tl.max(s, 1)
+        v_tile = load_tile(
+            v,
+            v_desc,
+            batch,
+            kv_head,
+            first_key,
+            keys,
+            stride_vn,
+            S,
+            VALUE_DIM,
+            BLOCK_N,
+            BLOCK_DV,
+            True,
+            USE_TMA,
+        )
+        if SUB == 2:
+            next_key = first_key + BLOCK_N
+            keys = next_key + tl.arange(0, BLOCK_N)
+            k_tile = load_tile(
+                k, k_desc, batch, kv_head, next_key, keys, stride_kn, S,
+                HEAD_DIM, BLOCK_N, BLOCK_D, True, USE_TMA,
             )  # fmt: skip
-        if keep_tile:
-            # -- online softmax: [BLOCK_M] state
-            m_new = tl.maximum(m_i, tile_max)
-            if MERGED:  # queries whose own block does not list this key block keep their state
-                member = ((entry >> (tl.arange(0, BLOCK_M) // QUERY_BLOCK)) & 1) > 0
-                m_new = tl.where(member, m_new, m_i)
-            m_used = m_new
-            if MASKED or MERGED:  # a query that has seen no key yet: exp2(-inf - 0) = 0
-                m_used = tl.where(m_new == -float("inf"), 0.0, m_new)
-            alpha = tl.exp2(m_i - m_used)
-            if MERGED:
-                m_used = tl.where(member, m_used, float("inf"))
-            p = tl.exp2(s * scale_log2 - m_used[:, None])
-            l_i = l_i * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None]
-            acc = matmul(p.to(v_tile.dtype), v_tile, acc, PRECISION)
-            m_i = m_new
+            s2 = matmul(q, tl.trans(k_tile), None, PRECISION)
+            if step >= middle:
+                s2 = hide_unseen(s2, keys, offs_m, L, S, IS_CAUSAL)
+            tile_max = tl.maximum(tile_max, tl.max(s2, 1))
+            v_tile2 = load_tile(
+                v, v_desc, batch, kv_head, next_key, keys, stride_vn, S,
+                VALUE_DIM, BLOCK_N, BLOCK_DV, True, USE_TMA,
+            )  # fmt: skip
+
+        # -- the vote: one scalar branch; padding queries and queries that see no key never dissent
+        tile_max = tile_max * scale_log2
+        dissent = (offs_m < L) & (tile_max > -float("inf")) & (tile_max >= m_i + limit)
+        if tl.max(dissent.to(tl.int32), 0) > 0:
+            acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, True, False, PRECISION)
+            if SUB == 2:
+                acc, l_i, m_i = update_softmax(acc, l_i, m_i, s2, v_tile2, scale_log2, True, False, PRECISION)
             if WANT_KEPT:
                 tl.store(kept + entry, 1)
-        if not GATHER:
-            entry = tl.load(list_ptr + (step + 1) // SUB, mask=step + 1 < last_step, other=0)
+        entry = tl.load(list_ptr + step + 1, mask=step + 1 < last, other=0)
+    return acc, l_i, m_i
+
+
+@triton.jit
+def visit_columns(
+    acc,
+    l_i,
+    m_i,
+    q,
+    offs_m,
+    k,
+    v,
+    stride_kn,
+    stride_vn,
+    list_ptr,
+    first_step,
+    last_step,
+    count,
+    L,
+    S,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """Steps of BLOCK_C gathered columns; where MASKED, columns past `count` do not exist."""
+    for step in tl.range(first_step, last_step, num_stages=NUM_STAGES):
+        keys = gathered_keys(list_ptr, step, count, S, BLOCK_C, MASKED)
+        k_tile = load_rows(k, keys, stride_kn, S, HEAD_DIM, BLOCK_D, MASKED)
+        s = matmul(q, tl.trans(k_tile), None, PRECISION)
+        if MASKED:
+            s = hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL)
+        v_tile = load_rows(v, keys, stride_vn, S, VALUE_DIM, BLOCK_DV, MASKED)
+        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, True, False, PRECISION)
     return acc, l_i, m_i
 
 
@@ -162,6 +311,7 @@ def attend_fwd_kernel(
     stride_om,
     stride_skip_b,
     stride_skip_h,
+    B,
     Hq,
     gqa_group,
     L,
@@ -173,6 +323,7 @@ def attend_fwd_kernel(
     list_stride_b,
     list_stride_h,
     list_head_div,
+    span,
     scale_log2,
     SIGN: tl.constexpr,  # of scale; scale_log2 is positive
     HEAD_DIM: tl.constexpr,
@@ -193,44 +344,37 @@ def attend_fwd_kernel(
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     # -- which queries, which list
-    if MERGED:
-        MERGE: tl.constexpr = BLOCK_M // QUERY_BLOCK
-        tiles = tl.cdiv(Lb, MERGE)
-    else:
-        SUB_M: tl.constexpr = QUERY_BLOCK // BLOCK_M
-        tiles = Lb * SUB_M
-    tile = tl.program_id(0) % tiles
-    batch_head = tl.program_id(0) // tiles
+    MERGE: tl.constexpr = BLOCK_M // QUERY_BLOCK if MERGED else 1
+    SUB_M: tl.constexpr = 1 if MERGED else QUERY_BLOCK // BLOCK_M
+    tiles = tl.cdiv(Lb, MERGE) * SUB_M
+    tile, batch_head = program_place(tiles, B * Hq, span)
     head = batch_head % Hq
     batch = batch_head // Hq
     kv_head = head // gqa_group
     group = list_group(batch, head, list_stride_b, list_stride_h, list_head_div).to(tl.int64)
     if MERGED:
+        row = group * tiles + tile
         place = tile * MERGE + tl.arange(0, BLOCK_M) // QUERY_BLOCK
         query_block = tl.load(order + group * Lb + place, mask=place < Lb, other=0)
         offs_m = query_block * QUERY_BLOCK + tl.arange(0, BLOCK_M) % QUERY_BLOCK
         offs_m = tl.where(place < Lb, offs_m, L)
-        row = group * tiles + tile
     else:
         query_block = tile // SUB_M
         if HAS_ORDER:
             query_block = tl.load(order + group * Lb + query_block)
-        offs_m = query_block * QUERY_BLOCK + (tile % SUB_M) * BLOCK_M + tl.arange(0, BLOCK_M)
         row = group * Lb + query_block
+        offs_m = query_block * QUERY_BLOCK + (tile % SUB_M) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = tl.load(offsets + row)
+    unmasked = tl.load(bounds + row * 2)
+    visible = tl.load(bounds + row * 2 + 1)
 
     q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     k += batch.to(tl.int64) * stride_kb + kv_head.to(tl.int64) * stride_kh
     v += batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
     out += batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     lse += batch_head.to(tl.int64) * L
-    limit = 0.0
-    if HAS_SKIP:
-        limit = tl.load(skip_below + batch * stride_skip_b + head * stride_skip_h) * LOG2_E
-    if WANT_KEPT:
-        kept += (batch_head.to(tl.int64) * Lb + query_block) * Sb
 
     q_tile = load_rows(q, offs_m, stride_qm, L, HEAD_DIM, BLOCK_D, True)
     if SIGN != 1:
@@ -239,44 +383,39 @@ def attend_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
-    # -- blocks: the unmasked prefix, then the tail
-    start = tl.load(offsets + row)
-    unmasked = tl.load(bounds + row * 2)
-    visible = tl.load(bounds + row * 2 + 1)
-    middle = num_steps(unmasked, KEY_BLOCK, BLOCK_N, False)
-    last = num_steps(visible, KEY_BLOCK, BLOCK_N, True)
-    for masked in tl.static_range(2):
-        acc, l_i, m_i = visit_keys(
+    if HAS_SKIP:
+        limit = tl.load(skip_below + batch * stride_skip_b + head * stride_skip_h) * LOG2_E
+        kept += (batch_head.to(tl.int64) * Lb + query_block) * Sb
+        acc, l_i, m_i = visit_blocks_with_skip(
             acc, l_i, m_i, q_tile, offs_m, k, v, k_desc, v_desc, batch, kv_head, stride_kn, stride_vn,
-            indices + start, middle if masked else 0, last if masked else middle, visible,
-            L, S, scale_log2, limit, kept,
+            indices + start, unmasked, visible, L, S, scale_log2, limit, kept,
+            HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, KEY_BLOCK,
+            IS_CAUSAL, WANT_KEPT, USE_TMA, PRECISION, NUM_STAGES,
+        )  # fmt: skip
+    else:
+        acc, l_i, m_i = visit_blocks(
+            acc, l_i, m_i, q_tile, offs_m, k, v, k_desc, v_desc, batch, kv_head, stride_kn, stride_vn,
+            indices + start, unmasked, visible, L, S, scale_log2,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, QUERY_BLOCK, KEY_BLOCK,
-            IS_CAUSAL, masked == 1, MERGED, HAS_SKIP, WANT_KEPT, USE_TMA, PRECISION,
-            NUM_STAGES, WARP_SPECIALIZE and masked == 0,
+            IS_CAUSAL, MERGED, USE_TMA, PRECISION, NUM_STAGES,
         )  # fmt: skip
 
     # -- columns: single keys, gathered; never skipped
     if HAS_COLUMNS:
         start = tl.load(column_offsets + group * column_rows + query_block // column_group)
-        unmasked = tl.load(column_bounds + row * 2)
+        middle = tl.load(column_bounds + row * 2) // BLOCK_C
         visible = tl.load(column_bounds + row * 2 + 1)
-        middle = num_steps(unmasked, 1, BLOCK_C, False)
-        last = num_steps(visible, 1, BLOCK_C, True)
+        last = tl.cdiv(visible, BLOCK_C)
         for masked in tl.static_range(2):
-            acc, l_i, m_i = visit_keys(
-                acc, l_i, m_i, q_tile, offs_m, k, v, k_desc, v_desc, batch, kv_head, stride_kn, stride_vn,
+            acc, l_i, m_i = visit_columns(
+                acc, l_i, m_i, q_tile, offs_m, k, v, stride_kn, stride_vn,
                 column_indices + start, middle if masked else 0, last if masked else middle, visible,
-                L, S, scale_log2, limit, kept,
-                HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_DV, QUERY_BLOCK, 1,
-                IS_CAUSAL, masked == 1, False, False, False, False, PRECISION,
-                NUM_STAGES, False,
+                L, S, scale_log2, HEAD_DIM, VALUE_DIM, BLOCK_C, BLOCK_D, BLOCK_DV,
+                IS_CAUSAL, masked == 1, PRECISION, NUM_STAGES,
             )  # fmt: skip
 
     # -- normalise; a query without keys gives 0 and -inf
-    attended = l_i > 0
-    acc = acc / tl.where(attended, l_i, 1.0)[:, None]
-    row_lse = tl.where(attended, (m_i + tl.log2(l_i)) * LN_2, -float("inf"))
-    # NaN scores make l_i NaN, which must not read as "no key"
-    row_lse = tl.where(l_i == l_i, row_lse, l_i)
-    store_rows(out, offs_m, stride_om, L, acc, VALUE_DIM, BLOCK_DV)
+    inverse = 1.0 / tl.where(l_i == 0, 1.0, l_i)
+    row_lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * LN_2)
+    store_rows(out, offs_m, stride_om, L, acc * inverse[:, None], VALUE_DIM, BLOCK_DV)
     tl.store(lse + offs_m, row_lse, mask=offs_m < L)

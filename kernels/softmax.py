@@ -1,12 +1,8 @@
 """Pieces shared by the forward and backward Triton kernels: addresses, tiles of keys, list walking.
 
-Letters as in `sparse_attn.functional`. In the kernels a *step* visits one tile of BLOCK_N keys:
-
-* KEY_BLOCK >= BLOCK_N: a listed block is walked in KEY_BLOCK / BLOCK_N sub-tiles of neighbouring keys;
-* KEY_BLOCK < BLOCK_N: BLOCK_N / KEY_BLOCK listed blocks are gathered into one tile. A column list is
-  the same thing with KEY_BLOCK = 1.
-
-Scores live in base 2: `s * scale_log2`, with `scale_log2 = scale * LOG2_E`, is log2 of exp(s * scale).
+Letters as in `sparse_attn.functional`. Scores live in base 2: `s * scale_log2`, with `scale_log2 =
+scale * LOG2_E`, is log2 of exp(s * scale). A *step* visits one tile of BLOCK_N keys: a listed block of
+KEY_BLOCK keys, or a part of one.
 """
 
 import os
@@ -30,6 +26,16 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def program_place(tiles, num_heads, span):
+    """(tile, batch and head) of this program. `span` heads run side by side, tile by tile: their first
+    (longest) tiles start before any later one, and their keys and values share the L2 cache."""
+    section = tl.program_id(0) // (tiles * span)
+    within = tl.program_id(0) % (tiles * span)
+    heads_here = tl.minimum(span, num_heads - section * span)
+    return within // heads_here, section * span + within % heads_here
+
+
+@triton.jit
 def list_group(batch, head, list_stride_b, list_stride_h, list_head_div):
     """Which (b', h') of a layout a (batch, query head) reads; strides are 0 where it broadcasts."""
     return batch * list_stride_b + (head // list_head_div) * list_stride_h
@@ -45,11 +51,10 @@ def load_rows(base, rows, stride, num_rows, D: tl.constexpr, BLOCK_D: tl.constex
             tile = tl.load(address, mask=(rows < num_rows)[:, None], other=0.0)
         else:
             tile = tl.load(address, mask=(rows < num_rows)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        tile = tl.load(address)
     else:
-        if D == BLOCK_D:
-            tile = tl.load(address)
-        else:
-            tile = tl.load(address, mask=(offs_d < D)[None, :], other=0.0)
+        tile = tl.load(address, mask=(offs_d < D)[None, :], other=0.0)
     return tile
 
 
@@ -90,27 +95,15 @@ def load_tile(
 
 
 @triton.jit
-def gathered_keys(
-    list_ptr, step, count, S, KEY_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, CHECK: tl.constexpr
-):
-    """The key numbers of a tile gathered from BLOCK_N / KEY_BLOCK entries; S where there is no entry."""
-    offs = tl.arange(0, BLOCK_N)
-    entry = step * (BLOCK_N // KEY_BLOCK) + offs // KEY_BLOCK
-    if CHECK:
-        block = tl.load(list_ptr + entry, mask=entry < count, other=0)
-        keys = tl.where(entry < count, block * KEY_BLOCK + offs % KEY_BLOCK, S)
-    else:
-        keys = tl.load(list_ptr + entry) * KEY_BLOCK + offs % KEY_BLOCK
-    return keys
+def gathered_keys(list_ptr, step, count, S, BLOCK_C: tl.constexpr, CHECK: tl.constexpr):
+    """int32 [BLOCK_C]: the key numbers of one step of a column list; S where there is no entry."""
+    entry = step * BLOCK_C + tl.arange(0, BLOCK_C)
+    if not CHECK:
+        return tl.load(list_ptr + entry)
+    return tl.load(list_ptr + entry, mask=entry < count, other=S)
 
 
 @triton.jit
-def num_steps(entries, KEY_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, ROUND_UP: tl.constexpr):
-    """Steps that `entries` listed blocks take; where several share a tile, whole tiles or all of them."""
-    if KEY_BLOCK >= BLOCK_N:
-        steps = entries * (KEY_BLOCK // BLOCK_N)
-    elif ROUND_UP:
-        steps = (entries + (BLOCK_N // KEY_BLOCK - 1)) // (BLOCK_N // KEY_BLOCK)
-    else:
-        steps = entries // (BLOCK_N // KEY_BLOCK)
-    return steps
+def member_rows(entry, BLOCK: tl.constexpr, SMALL: tl.constexpr):
+    """bool [BLOCK]: rows of a merged tile whose own small block holds this entry."""
+    return ((entry >> (tl.arange(0, BLOCK) // SMALL)) & 1) > 0

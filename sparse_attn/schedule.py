@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparse_attn.engines.base import AttendCall
     from sparse_attn.layout import SparseLayout
 
-MERGED_TILE = 128  # rows of a merged tile: a matrix instruction takes 64, two of them hide each other
+MERGED_TILE = 64  # rows of a merged tile: what one matrix instruction of Hopper takes
 
 
 @dataclass(frozen=True, eq=False)

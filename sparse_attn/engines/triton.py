@@ -36,7 +36,7 @@ class TritonEngine:
         return []
 
     def why_not(self, call: AttendCall) -> list[str]:
-        from sparse_attn.kernels.configs import max_tile
+        from sparse_attn.kernels.configs import max_block_with_skip
 
         reasons = self.why_off()
         layout, wanted = call.layout, "cpu" if _interprets() else "cuda"
@@ -44,7 +44,7 @@ class TritonEngine:
             reasons.append(f"the tensors are on {call.q.device.type}; move them to {wanted}")
         if call.q.dtype not in DTYPES:
             reasons.append(f"dtype {call.q.dtype}; use float16, bfloat16 or float32")
-        top = max_tile(call.q.element_size())
+        top = max_block_with_skip(call.q.element_size())
         for name in ("block_m", "block_n"):
             block = getattr(layout, name)
             if block < MIN_BLOCK or block & (block - 1):
@@ -54,6 +54,11 @@ class TritonEngine:
                     f"{name} is {block} with a BLASST skip, whose vote needs the whole tile at once; "
                     f"use at most {top} for {call.q.dtype}"
                 )
+        if call.needs_grad and layout.columns is not None and torch.are_deterministic_algorithms_enabled():
+            reasons.append(
+                "dk and dv of columns are summed with atomics, in no fixed order; "
+                "torch.use_deterministic_algorithms(False) allows that"
+            )
         return reasons
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -73,27 +78,23 @@ class TritonEngine:
         schedule = _schedule(call)
         merged = schedule.merged
         dims = _dims(call)
-        tile = forward_tile(
-            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
-            merged is not None,
-        )  # fmt: skip
+        use_tma = _can_describe(k) and _can_describe(v)
+        tile = forward_tile(*_sizes(call), merged=merged is not None, skips=skips, tma=use_tma)
         lists = _lists(layout.blocks, layout.block_bounds(call.is_causal), merged)
-        k_desc, v_desc, use_tma = _descriptors(
-            tile.use_tma, (k, dims["BLOCK_D"]), (v, dims["BLOCK_DV"]), rows=tile.block_n
-        )
+        k_desc = _descriptor(k, tile.block_n, dims["BLOCK_D"]) if use_tma else k
+        v_desc = _descriptor(v, tile.block_n, dims["BLOCK_DV"]) if use_tma else v
         skip = call.skip_below if call.skip_below is not None else lse
         grid = (_query_tiles(call, tile.block_m, merged) * B * Hq,)
         attend_fwd_kernel[grid](
             q, k, v, k_desc, v_desc, out, lse, lse if kept is None else kept,
             *lists, *_column_lists(call), _or(schedule.order, lists[1]), skip,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *skip.stride()[:2],
-            Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
-            *_column_shape(call), *_list_strides(call), (abs(call.scale) or 1.0) * LOG2_E,
+            B, Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
+            *_column_shape(call), *_list_strides(call), _span(call, k, v), (abs(call.scale) or 1.0) * LOG2_E,
             SIGN=_sign(call.scale), **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=skips,
             WANT_KEPT=skips and kept is not None, USE_TMA=use_tma, PRECISION=_precision(q),
-            NUM_STAGES=tile.num_stages, WARP_SPECIALIZE=tile.warp_specialize and use_tma,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            NUM_STAGES=tile.num_stages, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return out, lse, kept
 
@@ -119,21 +120,18 @@ class TritonEngine:
         schedule = _schedule(call)
         merged = schedule.merged
         dims = _dims(call)
-        tile = dq_tile(
-            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
-            merged is not None,
-        )  # fmt: skip
+        use_tma = _can_describe(k) and _can_describe(v)
+        tile = dq_tile(*_sizes(call), merged=merged is not None, tma=use_tma)
         lists = _lists(layout.blocks, layout.block_bounds(call.is_causal), merged)
-        k_desc, v_desc, use_tma = _descriptors(
-            tile.use_tma, (k, dims["BLOCK_D"]), (v, dims["BLOCK_DV"]), rows=tile.block_n
-        )
+        k_desc = _descriptor(k, tile.block_n, dims["BLOCK_D"]) if use_tma else k
+        v_desc = _descriptor(v, tile.block_n, dims["BLOCK_DV"]) if use_tma else v
         grid = (_query_tiles(call, tile.block_m, merged) * B * Hq,)
         attend_bwd_dq_kernel[grid](
             q, k, v, k_desc, v_desc, grad_out, lse, delta, _or(kept, lse), dq,
             *lists, *_column_lists(call), _or(schedule.order, lists[1]),
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dq),
-            Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
-            *_column_shape(call), *_list_strides(call), call.scale,
+            B, Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
+            *_column_shape(call), *_list_strides(call), _span(call, k, v), call.scale,
             **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=kept is not None,
             USE_TMA=use_tma, PRECISION=_precision(q), NUM_STAGES=tile.num_stages,
@@ -144,7 +142,7 @@ class TritonEngine:
     def _backward_dkdv(
         self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
     ) -> tuple[Tensor, Tensor]:
-        from sparse_attn.kernels.attend_bwd import attend_bwd_dkdv_kernel
+        from sparse_attn.kernels.attend_bwd_dkdv import attend_bwd_dkdv_kernel
         from sparse_attn.kernels.configs import dkdv_tile
 
         q, k, v, layout = call.q, call.k, call.v, call.layout
@@ -155,14 +153,11 @@ class TritonEngine:
         schedule = _schedule(call)
         merged, order = schedule.t_merged, schedule.t_order
         dims = _dims(call)
-        tile = dkdv_tile(
-            q.element_size(), max(dims["BLOCK_D"], dims["BLOCK_DV"]), layout.block_m, layout.block_n,
-            merged is not None,
-        )  # fmt: skip
+        use_tma = _can_describe(q) and _can_describe(grad_out)
+        tile = dkdv_tile(*_sizes(call), merged=merged is not None, tma=use_tma)
         lists = _lists(layout.transposed(), layout.transposed_bounds(call.is_causal), merged)
-        q_desc, g_desc, use_tma = _descriptors(
-            tile.use_tma, (q, dims["BLOCK_D"]), (grad_out, dims["BLOCK_DV"]), rows=tile.block_m
-        )
+        q_desc = _descriptor(q, tile.block_m, dims["BLOCK_D"]) if use_tma else q
+        g_desc = _descriptor(grad_out, tile.block_m, dims["BLOCK_DV"]) if use_tma else grad_out
         tiles = layout.num_key_blocks * max(layout.block_n // tile.block_n, 1)
         if merged is not None:
             tiles = ceil(layout.num_key_blocks / merge_factor(layout.block_n))
@@ -173,8 +168,8 @@ class TritonEngine:
             q, k, v, grad_out, q_desc, g_desc, lse, delta, _or(kept, lse), dk, dv,
             *(columns or (dk, dv)), *lists, _or(order, lists[1]),
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dk), *_strides(dv),
-            Hkv, call.gqa_group, q.shape[2], S, layout.num_query_blocks, layout.num_key_blocks,
-            *_list_strides(call), *order_strides, call.scale,
+            B, Hkv, call.gqa_group, q.shape[2], S, layout.num_query_blocks, layout.num_key_blocks,
+            *_list_strides(call), *order_strides, _key_span(call, grad_out), call.scale,
             **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=order is not None, MERGED=merged is not None, HAS_SKIP=kept is not None,
             USE_TMA=use_tma, PRECISION=_precision(q), NUM_STAGES=tile.num_stages,
@@ -186,7 +181,7 @@ class TritonEngine:
         self, call: AttendCall, lse: Tensor, delta: Tensor, grad_out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What the columns add to dk (without the scale) and dv, float32, contiguous."""
-        from sparse_attn.kernels.attend_bwd import attend_bwd_columns_kernel
+        from sparse_attn.kernels.attend_bwd_dkdv import attend_bwd_columns_kernel
 
         q, k, v, columns = call.q, call.k, call.v, call.layout.columns
         assert columns is not None
@@ -206,6 +201,20 @@ class TritonEngine:
             num_warps=4, num_stages=2,
         )  # fmt: skip
         return dk, dv
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """sum(a * b, -1) in float32, reading each input once: [B, H, L, D] twice -> [B, H, L]."""
+    from sparse_attn.kernels.attend_bwd import row_dot_kernel
+
+    B, H, L, D = a.shape
+    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    out = torch.empty(B, H, L, dtype=torch.float32, device=a.device)
+    block_d, rows = max(1 << (D - 1).bit_length(), 16), 32
+    row_dot_kernel[(ceil(L / rows) * B * H,)](
+        a, b, out, *_strides(a), *_strides(b), H, L, D=D, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4
+    )
+    return out
 
 
 LOG2_E = 1.4426950408889634
@@ -301,21 +310,43 @@ def _listed(call: AttendCall) -> Tensor:
     return mask.expand(call.kept_shape).to(torch.uint8)
 
 
-def _descriptors(wanted: bool, *tensors: tuple[Tensor, int], rows: int) -> tuple[Any, Any, bool]:
-    """Tensor descriptors of [B, H, length, D] tensors, or the tensors where the hardware, the strides or
-    the alignment do not allow them."""
-    able = wanted and not _interprets() and all(_can_describe(x) for x, _ in tensors)
-    if not able:
-        return tensors[0][0], tensors[1][0], False
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _sizes(call: AttendCall) -> tuple[int, int, int, int]:
+    """What the table of tiles goes by: bytes an element, padded head size, block sizes."""
+    widest = max(call.q.shape[-1], call.v.shape[-1])
+    padded = 1 << (widest - 1).bit_length()
+    return call.q.element_size(), padded, call.layout.block_m, call.layout.block_n
 
-    first, second = (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width]) for x, width in tensors
-    )
-    return first, second, True
+
+L2_BYTES = 32 << 20  # of an H100's 50 MB: what heads that run side by side may stream
+
+
+def _span(call: AttendCall, *streamed: Tensor) -> int:
+    """How many heads run side by side (`kernels.softmax.program_place`): as many as share the L2 cache
+    with what they stream."""
+    heads = streamed[0].shape[0] * streamed[0].shape[1]
+    programs = heads * (call.gqa_group if streamed[0] is call.k else 1)
+    bytes_per_head = sum(x.numel() for x in streamed) * streamed[0].element_size() // heads
+    return max(min(L2_BYTES // bytes_per_head, programs), 1)
+
+
+def _key_span(call: AttendCall, grad_out: Tensor) -> int:
+    """The same for dk and dv. Where rows are alike (a shard's key blocks are read by all later queries,
+    the others by a few) all heads start their long rows at once: they walk the same tiles in step, so
+    the cache still serves them, and no long row is left for the end."""
+    if call.layout.neighbours_alike:
+        return call.k.shape[0] * call.k.shape[1]
+    return max(_span(call, call.q, grad_out) // call.gqa_group, 1)
 
 
 def _can_describe(x: Tensor) -> bool:
-    if torch.cuda.get_device_capability(x.device)[0] < 9 or x.data_ptr() % 16:
+    """Whether a tensor can be read through a descriptor: Hopper or later, 16-byte aligned, no repeats."""
+    if _interprets() or torch.cuda.get_device_capability(x.device)[0] < 9 or x.data_ptr() % 16:
         return False
     return all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
+
+
+def _descriptor(x: Tensor, rows: int, width: int) -> Any:
+    """Reads [rows, width] tiles of a [B, H, length, D] tensor; zeros past its edges."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
