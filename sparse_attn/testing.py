@@ -14,8 +14,8 @@ Letters: B batch, Hq/Hkv query and key heads, L queries, S keys, D head size, Dv
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 from torch import Tensor
@@ -23,142 +23,24 @@ from torch import Tensor
 from sparse_attn.attend import Attended, attend
 from sparse_attn.layout import SparseLayout, visible_blocks
 from sparse_attn.plan import Plan
+from sparse_attn.testing_inputs import (
+    LAYOUT_KINDS,
+    STRIDES,
+    make_inputs,
+    random_layout,
+    with_strides,
+)
 
-STRIDES = ("contiguous", "blhd", "sliced", "packed")
-LAYOUT_KINDS = (
-    "full", "window", "strided", "random", "empty_rows", "full_rows", "one_column", "columns", "only_columns",
-)  # fmt: skip
+__all__ = [
+    "LAYOUT_KINDS", "STRIDES", "ErrorReport", "assert_close", "assert_kept", "check_engine", "error_report",
+    "kept_mask", "make_inputs", "masked_attention", "plain_gradients", "random_layout", "tile_margins",
+    "with_strides",
+]  # fmt: skip
 
-
-# -- inputs ---------------------------------------------------------------------------------------
-
-
-def make_inputs(
-    *,
-    batch: int = 1,
-    heads: int = 2,
-    kv_heads: int | None = None,
-    L: int = 127,
-    S: int | None = None,
-    head_dim: int = 64,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    strides: str = "contiguous",
-    requires_grad: bool = False,
-    seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Seeded normal query [B, Hq, L, D], key [B, Hkv, S, D] and value [B, Hkv, S, Dv].
-
-    Args:
-        kv_heads: default `heads`. S: default L. value_dim: default `head_dim`.
-        strides: how the tensors lie in memory. "contiguous"; "blhd": (B, L, H, D) seen through
-            `transpose(1, 2)`; "sliced": a window of a larger NaN-filled tensor, so that a read out of
-            bounds shows; "packed": as "blhd" with padding between heads, as in a fused projection.
-        requires_grad: make all three leaves that require gradients.
-
-    Raises:
-        ValueError: unknown `strides`.
-    """
-    kv_heads, S = kv_heads or heads, S or L
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, heads, L, head_dim), (batch, kv_heads, S, head_dim)]
-    shapes.append((batch, kv_heads, S, value_dim or head_dim))
-    made = []
-    for shape in shapes:
-        x = torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
-        made.append(with_strides(x, strides).requires_grad_(requires_grad))
-    return made[0], made[1], made[2]
-
-
-def with_strides(x: Tensor, strides: str) -> Tensor:
-    """The same numbers, laid out in memory as `make_inputs` names it; the last stride stays 1."""
-    B, H, length, dim = x.shape
-    if strides == "contiguous":
-        return x.contiguous()
-    if strides == "blhd":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if strides == "sliced":
-        room = x.new_full((B, H + 1, length + 3, dim + 8), torch.nan)
-        room[:, :H, 2 : length + 2, :dim] = x
-        return room[:, :H, 2 : length + 2, :dim]
-    if strides == "packed":
-        room = x.new_full((B, length, H, 2 * dim), torch.nan)
-        room[..., :dim] = x.transpose(1, 2)
-        return room[..., :dim].transpose(1, 2)
-    raise ValueError(f"with_strides: unknown strides {strides!r}; choose one of {', '.join(STRIDES)}.")
-
-
-def random_layout(
-    kind: str,
-    L: int,
-    S: int,
-    *,
-    block_m: int = 32,
-    block_n: int = 32,
-    batch: int = 1,
-    heads: int = 1,
-    density: float = 0.4,
-    column_group: int = 2,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> SparseLayout:
-    """A seeded layout of one kind, already checked.
-
-    Args:
-        kind: "full", "window" (causal, one block to the left), "strided" (S2), "random" (each block
-            with probability `density`), "empty_rows" and "full_rows" (random with about half of the
-            rows empty, or full), "one_column" (no blocks, one key a row), "columns" (random blocks
-            and, over the rest, random columns shared by `column_group` query blocks),
-            "only_columns" (as "columns", without blocks).
-        batch, heads: B' and H' of the layout. "full" and "window" repeat one pattern over them.
-
-    Raises:
-        ValueError: unknown kind.
-    """
-    Lb, Sb = ceil(L / block_m), ceil(S / block_n)
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.rand(batch, heads, *shape, generator=generator)
-
-    size = {"block_m": block_m, "block_n": block_n, "L": L, "S": S}
-    mask, columns = draw(Lb, Sb) < density, None
-    some_rows = draw(Lb, 1) < 0.5
-    some_rows[..., -1, :] = True  # the last row is always of the named kind, even where Lb == 1
-    if kind == "full":
-        mask = torch.ones_like(mask)
-    elif kind == "window":
-        window = SparseLayout.window(L, S, block_m=block_m, block_n=block_n, left=1)
-        mask = window.block_mask().expand_as(mask)
-    elif kind == "strided":
-        position = torch.arange(Lb)[:, None] * block_m // block_n - torch.arange(Sb)
-        head = torch.arange(heads)[:, None, None]
-        mask = ((position >= 0) & (position < 2)) | ((torch.arange(Sb) + head) % 3 == 0)
-        mask = mask.expand(batch, heads, Lb, Sb)
-    elif kind == "empty_rows":
-        mask = mask & ~some_rows
-    elif kind == "full_rows":
-        mask = mask | some_rows
-    elif kind == "one_column":
-        mask = torch.zeros_like(mask)
-        key = torch.randint(S, (batch, heads, ceil(Lb / column_group), 1), generator=generator)
-        columns = torch.zeros(*key.shape[:3], S, dtype=torch.bool).scatter_(3, key, True)
-    elif kind in ("columns", "only_columns"):
-        mask = mask if kind == "columns" else torch.zeros_like(mask)
-        columns = _free_of_blocks(draw(ceil(Lb / column_group), S) < 0.3, mask, block_n, column_group)
-    elif kind != "random":
-        raise ValueError(f"random_layout: unknown kind {kind!r}; choose one of {', '.join(LAYOUT_KINDS)}.")
-    layout = SparseLayout.from_dense_mask(mask, columns=columns, column_group=column_group, **size)
-    return layout.to(device).check()
-
-
-def _free_of_blocks(columns: Tensor, mask: Tensor, block_n: int, group: int) -> Tensor:
-    """Leave out the columns inside a block that any query block of the group reads (invariant 4)."""
-    rows, S = columns.shape[2:]
-    padded = torch.nn.functional.pad(mask, (0, 0, 0, rows * group - mask.shape[2]))
-    read = padded.unflatten(2, (rows, group)).any(3)
-    return columns & ~read[..., torch.arange(S) // block_n]
+# Below this many elements the largest error of one run is a matter of luck, so that plain PyTorch is run
+# in several orders of summation and the worst of them is the yardstick.
+FEW_ELEMENTS = 1 << 12
+NUM_ORDERS = 6
 
 
 # -- the ground truth -----------------------------------------------------------------------------
@@ -232,6 +114,27 @@ def plain_gradients(
     return dq, dk.unflatten(1, shape[1:]).sum(2), dv.unflatten(1, shape[1:]).sum(2)
 
 
+def orders(
+    inputs: tuple[Tensor, Tensor, Tensor], mask: Tensor
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]]:
+    """The same attention with its sums in other orders: head dimensions and keys are shuffled.
+
+    Yields:
+        (query, key, value), mask, and the inverse permutations of D [D] and S [S]; first as given, then
+        `NUM_ORDERS` - 1 shuffled ones if the query has few elements.
+    """
+    q, k, v = inputs
+    D, S, device = q.shape[3], k.shape[2], q.device
+    few = q.numel() <= FEW_ELEMENTS
+    generator = torch.Generator().manual_seed(2)
+    for number in range(NUM_ORDERS if few else 1):
+        dims, keys = (
+            (torch.randperm(n, generator=generator) if number else torch.arange(n)).to(device) for n in (D, S)
+        )
+        shuffled = (q[..., dims], k[:, :, keys][..., dims], v[:, :, keys])
+        yield shuffled, mask[..., keys], dims.argsort(), keys.argsort()
+
+
 # -- the tolerance rule ---------------------------------------------------------------------------
 
 
@@ -271,22 +174,24 @@ class ErrorReport:
         )
 
 
-def error_report(actual: Tensor, reference: Tensor, plain: Tensor) -> ErrorReport:
+def error_report(actual: Tensor, reference: Tensor, plain: Tensor | Sequence[Tensor]) -> ErrorReport:
     """Compare `actual` with a float64 `reference`, measured against what `plain` PyTorch loses.
 
     Args:
         actual: the tensor under test; its dtype sets the rounding noise.
         reference: the ground truth, ideally float64.
-        plain: the same in PyTorch, computed in the dtype under test (or in float32 for an lse).
+        plain: the same in PyTorch, computed in the dtype under test (or in float32 for an lse). Of
+            several runs the worst counts.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if not actual.shape == reference.shape == plain.shape:
-        shapes = f"{tuple(actual.shape)}, {tuple(reference.shape)}, {tuple(plain.shape)}"
+    plains = [plain] if isinstance(plain, Tensor) else list(plain)
+    shapes = [tuple(x.shape) for x in (actual, reference, *plains)]
+    if len(set(shapes)) > 1:
         raise ValueError(f"error_report: actual, reference and plain have shapes {shapes}; they must agree.")
     noise_of = reference.detach().to(actual.dtype)
-    got, ref, base = (x.detach().double() for x in (actual, reference, plain))
+    got, ref, *bases = (x.detach().double() for x in (actual, reference, *plains))
     anomalies = tuple(
         text
         for name, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
@@ -294,13 +199,15 @@ def error_report(actual: Tensor, reference: Tensor, plain: Tensor) -> ErrorRepor
     )
     finite = torch.isfinite(ref) & torch.isfinite(got)
     error = torch.where(finite, (got - ref).abs(), 0)
-    finite_base = torch.isfinite(ref) & torch.isfinite(base)
-    base_error = torch.where(finite_base, (base - ref).abs(), 0).max().item()
+    base_error = max(
+        torch.where(torch.isfinite(ref) & torch.isfinite(base), (base - ref).abs(), 0).max().item()
+        for base in bases
+    )
     noise = torch.where(finite, (noise_of + 0.3 - 0.3 - noise_of).abs().double(), 0).max().item()
     allowed = 2 * base_error + 2 * noise
     at = int(error.argmax())
     where = tuple(int(x) for x in torch.unravel_index(torch.tensor(at), actual.shape))
-    here = [x.flatten()[at].item() for x in (got, ref, base)]
+    here = [x.flatten()[at].item() for x in (got, ref, bases[0])]
     return ErrorReport(
         worst=error.max().item(), allowed=allowed, where=where, got=here[0], expected=here[1], plain=here[2],
         num_bad=int((error > allowed).sum()), num_elements=got.numel(), anomalies=anomalies,
@@ -316,7 +223,9 @@ def _misplaced(name: str, got: Tensor, expected: Tensor) -> list[str]:
     return [f"{name} {verb} in {len(wrong)} elements, first at {at}"]
 
 
-def assert_close(actual: Tensor, reference: Tensor, plain: Tensor, name: str = "result") -> None:
+def assert_close(
+    actual: Tensor, reference: Tensor, plain: Tensor | Sequence[Tensor], name: str = "result"
+) -> None:
     """Raise AssertionError with the worst element and its coordinates if the rule is broken."""
     report = error_report(actual, reference, plain)
     assert report.ok, f"{name}: {report}"
@@ -436,16 +345,21 @@ def check_engine(
     mask = kept_mask(plan.layout, got.kept, is_causal)
     lse_dtype = torch.promote_types(query.dtype, torch.float32)
     assert (got.out.dtype, got.lse.dtype) == (query.dtype, lse_dtype), (got.out.dtype, got.lse.dtype)
-    run = {
-        dtype: masked_attention(q, k, v, mask, scale=scale, dtype=dtype)
-        for dtype in {torch.float64, torch.float32, query.dtype}
-    }
-    truth, plain = run[torch.float64], run[query.dtype]
-    assert_close(got.out, truth[0], plain[0], "out")
-    assert_close(got.lse, truth[1], run[torch.float32][1], "lse")
+    with torch.no_grad():
+        _check_outputs((query, key, value), got, mask, scale)
     if grad:
         _check_gradients((q, k, v), got, mask, scale)
     return got
+
+
+def _check_outputs(inputs: tuple[Tensor, Tensor, Tensor], got: Attended, mask: Tensor, scale) -> None:
+    out, lse = masked_attention(*inputs, mask, scale=scale)
+    plain_out, plain_lse = [], []
+    for shuffled, its_mask, _, _ in orders(inputs, mask):
+        plain_out.append(masked_attention(*shuffled, its_mask, scale=scale, dtype=got.out.dtype)[0])
+        plain_lse.append(masked_attention(*shuffled, its_mask, scale=scale, dtype=torch.float32)[1])
+    assert_close(got.out, out, plain_out, "out")
+    assert_close(got.lse, lse, plain_lse, "lse")
 
 
 def _check_gradients(inputs: tuple[Tensor, Tensor, Tensor], got: Attended, mask: Tensor, scale) -> None:
@@ -454,10 +368,14 @@ def _check_gradients(inputs: tuple[Tensor, Tensor, Tensor], got: Attended, mask:
     # A row that attends nothing has lse -inf; its gradient is no number in any framework.
     grad_lse = grad_lse.masked_fill(got.lse == -torch.inf, 0)
     found = torch.autograd.grad((got.out, got.lse), inputs, (grad_out, grad_lse))
-    exact, plain = (
-        plain_gradients(inputs, mask, grad_out, grad_lse, scale=scale, dtype=dtype)
-        for dtype in (torch.float64, inputs[0].dtype)
-    )
+    exact = plain_gradients(inputs, mask, grad_out, grad_lse, scale=scale)
+    plain: list[list[Tensor]] = [[], [], []]
+    for shuffled, shuffled_mask, dims, keys in orders(inputs, mask):
+        dq, dk, dv = plain_gradients(
+            shuffled, shuffled_mask, grad_out, grad_lse, scale=scale, dtype=inputs[0].dtype
+        )
+        for runs, x in zip(plain, (dq[..., dims], dk[:, :, keys][..., dims], dv[:, :, keys]), strict=True):
+            runs.append(x)
     for name, x, ref, base in zip(("dq", "dk", "dv"), found, exact, plain, strict=True):
         assert x.dtype == inputs[0].dtype, f"{name} has dtype {x.dtype}"
         assert_close(x, ref, base, name)

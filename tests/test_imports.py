@@ -139,7 +139,7 @@ FLOORS = (
     ("version", "index_list", "layout", "layout_stats", "layout_convert", "plan", "schedule"),
     ("build", "library", "kernels", "engines"),
     ("checks", "ops", "attend"),
-    ("testing", "testing_data", "scoring", "reuse"),
+    ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
     ("functional",),
     ("recipe", "search", "integrations", "info", "bench", "demo"),
