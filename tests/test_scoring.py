@@ -129,8 +129,7 @@ def test_strided_inputs_autocast_and_grad_do_not_change_the_scores() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_triton_kernels_agree_with_float64(shape, is_causal, dtype) -> None:
     pool = triton_kernels()
-    if DEVICE == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    assert pool.fits(torch.empty(1, 1, 1, 24, dtype=dtype, device=DEVICE), 64, 16)
     q, k, _ = make_inputs(**shape, head_dim=24, dtype=dtype, device=DEVICE, strides="blhd")
     B, S = q.shape[0], k.shape[2]
     start = torch.arange(B, dtype=torch.int32, device=DEVICE) * 7
@@ -144,6 +143,19 @@ def test_triton_kernels_agree_with_float64(shape, is_causal, dtype) -> None:
         torch.testing.assert_close(mass, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3], ids=str)
+def test_triton_kernels_take_any_scale(scale) -> None:
+    pool = triton_kernels()
+    q, k, _ = make_inputs(L=40, head_dim=16, device=DEVICE)
+    bounds = [torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (3, 33)]
+    s = logits_of(q, k, 1.0, True, bounds)
+    s = torch.where(s == -torch.inf, s, s * scale)
+    lse = pool.row_lse(q, k, scale, True, *bounds)
+    torch.testing.assert_close(lse, s.logsumexp(-1).float())
+    mass = pool.block_mass(q, k, lse, 16, 16, scale, True, *bounds)
+    torch.testing.assert_close(mass, expected_mass(s, s.logsumexp(-1), 16, 16).float())
+
+
 def triton_kernels():
     pytest.importorskip("triton", reason="Triton is not installed")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -154,11 +166,22 @@ def triton_kernels():
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: scoring.py picks the kernels by device")
-@pytest.mark.parametrize("block", [16, 32, 64, 128, 48], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256], ids=str)
-def test_gpu_road_agrees_with_the_portable_one(block, head_dim) -> None:
-    q, k, _ = make_inputs(batch=2, heads=4, kv_heads=2, L=1000, head_dim=head_dim, dtype=torch.bfloat16)
-    how = {"block_m": block, "block_n": block, "scale": head_dim**-0.5}
+@pytest.mark.parametrize(
+    ("block", "head_dim", "dtype", "is_causal"),
+    [
+        (16, 64, torch.bfloat16, False),
+        (32, 128, torch.bfloat16, True),
+        (64, 128, torch.float32, True),
+        (128, 128, torch.bfloat16, False),
+        (128, 256, torch.bfloat16, True),
+        (128, 256, torch.float32, False),  # too wide for the kernels: the portable road
+        (48, 64, torch.bfloat16, False),  # not a power of two: the portable road
+    ],
+    ids=str,
+)
+def test_gpu_road_agrees_with_the_portable_one(block, head_dim, dtype, is_causal) -> None:
+    q, k, _ = make_inputs(batch=2, heads=4, kv_heads=2, L=1000, head_dim=head_dim, dtype=dtype)
+    how = {"block_m": block, "block_n": block, "scale": head_dim**-0.5, "is_causal": is_causal}
     bounds = (torch.tensor([0, 300]), torch.tensor([777, 1000]))
     expected = block_mass(q, k, key_range=bounds, **how)
     on_gpu = block_mass(q.cuda(), k.cuda(), key_range=tuple(x.cuda() for x in bounds), **how)
