@@ -15,7 +15,7 @@ from sparse_attn.bench.memory import layout_bytes, measure_case, memory_bars, pe
 from sparse_attn.bench.problem import build
 from sparse_attn.bench.providers import PROVIDERS
 from sparse_attn.bench.report import judge, lookup, plot, print_rows, print_verdicts, read_rows
-from sparse_attn.bench.run import run_suite
+from sparse_attn.bench.run import run_suite, show_file
 from sparse_attn.bench.runner import Options, run_cases
 from sparse_attn.bench.suites import BARS, CASES, method_cases
 from sparse_attn.bench.timing import Times, measure, paired_ratio, quantile
@@ -312,6 +312,17 @@ def test_suite_writes_stamped_rows_and_a_picture(tmp_path, capsys):
         assert {"commit", "card", "driver", "date", "threads"} <= set(row)
     assert (tmp_path / "p.png").stat().st_size > 1000
     capsys.readouterr()
+
+
+def test_show_judges_a_file_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(BARS, "smoke", [Bar("speed", "smoke-d0.25", "speed_vs.sdpa", "how", at_least=1e9)])
+    monkeypatch.setenv("SPARSE_ATTN_BENCH_COMMIT", "abc123")
+    assert run_suite("smoke", engine="reference", device="cpu", out=str(tmp_path / "x.jsonl")) == 1
+    capsys.readouterr()
+    assert show_file(str(tmp_path / "x.jsonl")) == 1
+    text = capsys.readouterr().out
+    assert "SHORT" in text and "smoke-full" in text
+    assert {row["commit"] for row in read_rows(tmp_path / "x.jsonl")} == {"abc123"}
 
 
 def test_tables_print_without_rich(rows, monkeypatch, capsys):
