@@ -53,5 +53,6 @@ def load(kind: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"its {kind} library {path} does not load ({error}); {_REMEDY} --force."
+        words = error.__cause__ or error  # torch's message leaves out the loader's
+        return f"its {kind} library {path} does not load ({words}); {_REMEDY} --force."
     return None

@@ -50,17 +50,12 @@ __attribute__((noinline)) void dot_rows(const RowRun& rows, int64_t first, int w
 
 // -- panel . rows ----------------------------------------------------------------------------------------
 
-// acc[c][lane] = acc[c][lane] * keep[lane] + sum_j rows[j][c] * panel[j][lane] for R values of c.
+// target[c][lane] = target[c][lane] * keep[lane] + sum_j rows[j][c] * panel[j][lane] for R values of c.
 template <int R>
 __attribute__((noinline)) void add_rows(const RowRun& rows, int64_t count, int first, const float* panel, const Vec* keep,
                      float* target) {
   target += static_cast<int64_t>(first) * kPanel;
-  Vec acc[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    acc[r][0] = load(target + r * kPanel) * keep[0];
-    acc[r][1] = load(target + r * kPanel + kLanes) * keep[1];
-  }
+  Vec acc[R][2] = {};  // the run's own sum: added at the end, it rounds less than a running total
   auto step = [&](const float* row, const float* p) __attribute__((always_inline)) {
     Vec left = load(p), right = load(p + kLanes);
 #pragma GCC unroll 12
@@ -77,8 +72,8 @@ __attribute__((noinline)) void add_rows(const RowRun& rows, int64_t count, int f
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    store(target + r * kPanel, acc[r][0]);
-    store(target + r * kPanel + kLanes, acc[r][1]);
+    store(target + r * kPanel, load(target + r * kPanel) * keep[0] + acc[r][0]);
+    store(target + r * kPanel + kLanes, load(target + r * kPanel + kLanes) * keep[1] + acc[r][1]);
   }
 }
 
