@@ -53,8 +53,9 @@ _CANDIDATES = (
         {"theta": 12.0, "block_size": 64, "step": 8},
         fits="Any trained causal model, unchanged, in long prefill (from about 16k tokens), where a few key "
         "columns carry what the sinks and the local window miss.",
-        note="The sinks and the local window are always read: at 4096 tokens they are much of the density, "
-        "at 128k very little.",
+        note="The sinks and the local window are always read: much of the density at 4096 tokens, very "
+        "little at 128k. A larger theta is denser and nearer to dense. Keys are chosen for 64 queries "
+        "together, so one that a single query wants can be missed; it shows most in sink heads.",
     ),
     Candidate(
         "s2",

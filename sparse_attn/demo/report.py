@@ -87,7 +87,7 @@ def _table(report: dict[str, Any]) -> str:
         lines.append('<tr class="dense">' + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>")
     for description, rows in sections(report):
         if rows[0]["perplexity"] is None:
-            lines.append(f'<tr class="part"><td colspan="{len(HEADINGS)}">on {escape(description)}</td></tr>')
+            lines.append(f'<tr class="part"><td colspan="{len(HEADINGS)}">{escape(description)}</td></tr>')
         lines += [_row(row, dense) for row in rows]
     return f'<div class="card scroll"><table>{chr(10).join(lines)}</table></div>'
 

@@ -58,7 +58,7 @@ class Shape:
 def bidirectional_shape(tokens: int) -> Shape:
     length = min(tokens, LONGEST)
     text = f"{length} tokens, the first half prompt"
-    return Shape("a diffusion LM's shape", length, "bidirectional", None, text)
+    return Shape("diffusion LM shape", length, "bidirectional", None, text)
 
 
 def video_shape(tokens: int) -> Shape:
@@ -67,7 +67,7 @@ def video_shape(tokens: int) -> Shape:
     frames = max((min(tokens, LONGEST) - TEXT_LEN) // (height * width), 2)
     length = frames * height * width + TEXT_LEN
     text = f"{frames} frames of {height}x{width} tokens, then {TEXT_LEN} of text"
-    return Shape("a video model's shape", length, "video", (frames, height, width), text)
+    return Shape("video model shape", length, "video", (frames, height, width), text)
 
 
 @torch.no_grad()
