@@ -10,6 +10,17 @@ from sparse_attn.engines.base import AttendCall, new_out
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _load() -> str | None:
+    from sparse_attn import library  # late: `python -m sparse_attn.build` must not import itself twice
+
+    return library.load("cpu")
+
+
+# torch.compile must not trace the search for a file. This is what torch.compiler.assume_constant_result sets;
+# calling that would import Dynamo with this module.
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class CpuEngine:
     """Vectorised, threaded attention over block and column lists, forward and backward.
 
@@ -20,9 +31,7 @@ class CpuEngine:
     name = "cpu"
 
     def why_off(self) -> list[str]:
-        from sparse_attn import library  # late: `python -m sparse_attn.build` must not import itself twice
-
-        reason = library.load("cpu")
+        reason = _load()
         return [] if reason is None else [reason]
 
     def why_not(self, call: AttendCall) -> list[str]:
