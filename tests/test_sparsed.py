@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import ceil
 
+import numpy as np
 import pytest
 import torch
 from references import sparsed as reference
@@ -259,6 +260,12 @@ def test_generic_road_agrees_with_the_operator() -> None:
     assert torch.equal(at_once.layout.block_mask(), ours.get(0).block_mask())
 
 
+def test_numpy_integers_are_integers() -> None:
+    q, k, v = small()
+    out = call(q, k, v, LayoutCache(), np.int64(0), num_steps=np.int32(10), prompt_len=np.int64(60))
+    assert out.shape == v.shape
+
+
 def test_gradients_flow_through_a_sparse_step() -> None:
     q, k, v = (x.requires_grad_() for x in small(50))
     cache = LayoutCache()
@@ -270,6 +277,17 @@ def test_gradients_flow_through_a_sparse_step() -> None:
     expected = torch.autograd.grad(exact.sum(), (q, k, v))
     for x, grad in zip((q, k, v), expected, strict=True):
         torch.testing.assert_close(x.grad, grad)
+
+
+@pytest.mark.plain_empty
+def test_each_step_compiles_into_one_graph() -> None:
+    q, k, v = small(dtype=torch.float32)
+    eager, compiled = LayoutCache(), LayoutCache()
+    torch._dynamo.reset()
+    step_of = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        torch.testing.assert_close(step_of(q, k, v, compiled, step), call(q, k, v, eager, step))
+    assert torch.equal(compiled.get(0).block_mask(), eager.get(0).block_mask())
 
 
 # -- the cache ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ step where the pattern is found, and much later.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -132,7 +133,7 @@ def _check_context(context: Context) -> None:
             "made once for each generation"
         )
     step, num_steps = context.step, context.num_steps
-    if not isinstance(step, int) or not isinstance(num_steps, int):
+    if not isinstance(step, Integral) or not isinstance(num_steps, Integral):
         problems.append(f"step is {step!r} and num_steps {num_steps!r}; both must be ints")
     elif not 0 <= step < num_steps:
         problems.append(f"step is {step}; it must be between 0 and num_steps - 1 = {num_steps - 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -256,7 +257,7 @@ def check_lengths(query: Tensor, key: Tensor, prompt_len: int | Tensor | None) -
             )
         elif prompt_len.device.type == "cpu" and not ((prompt_len >= 0) & (prompt_len <= L)).all():
             problems.append(f"prompt_len is {prompt_len.tolist()}; each must be between 0 and L = {L}")
-    elif not isinstance(prompt_len, int) or isinstance(prompt_len, bool):
+    elif not isinstance(prompt_len, Integral) or isinstance(prompt_len, bool):
         problems.append(f"prompt_len is {prompt_len!r}; pass an int or an integer tensor of shape ({B},)")
     elif not 0 <= prompt_len <= L:
         problems.append(f"prompt_len is {prompt_len}; it must be between 0 and L = {L}")
