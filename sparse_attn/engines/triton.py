@@ -90,7 +90,7 @@ class TritonEngine:
             *lists, *_column_lists(call), _or(schedule.order, lists[1]), skip,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *skip.stride()[:2],
             B, Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
-            *_column_shape(call), *_list_strides(call), _span(call, k, v), (abs(call.scale) or 1.0) * LOG2_E,
+            *_column_shape(call), *_list_strides(call), _query_span(call), (abs(call.scale) or 1.0) * LOG2_E,
             SIGN=_sign(call.scale), **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=skips,
             WANT_KEPT=skips and kept is not None, USE_TMA=use_tma, PRECISION=_precision(q),
@@ -131,7 +131,7 @@ class TritonEngine:
             *lists, *_column_lists(call), _or(schedule.order, lists[1]),
             *_strides(q), *_strides(k), *_strides(v), *_strides(grad_out), *_strides(dq),
             B, Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
-            *_column_shape(call), *_list_strides(call), _span(call, k, v), call.scale,
+            *_column_shape(call), *_list_strides(call), _query_span(call), call.scale,
             **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=kept is not None,
             USE_TMA=use_tma, PRECISION=_precision(q), NUM_STAGES=tile.num_stages,
@@ -320,22 +320,26 @@ def _sizes(call: AttendCall) -> tuple[int, int, int, int]:
 L2_BYTES = 32 << 20  # of an H100's 50 MB: what heads that run side by side may stream
 
 
-def _span(call: AttendCall, *streamed: Tensor) -> int:
-    """How many heads run side by side (`kernels.softmax.program_place`): as many as share the L2 cache
-    with what they stream."""
+def _heads_in_l2(*streamed: Tensor) -> int:
+    """How many heads of these tensors fit in the L2 cache together; at least 1."""
     heads = streamed[0].shape[0] * streamed[0].shape[1]
-    programs = heads * (call.gqa_group if streamed[0] is call.k else 1)
     bytes_per_head = sum(x.numel() for x in streamed) * streamed[0].element_size() // heads
-    return max(min(L2_BYTES // bytes_per_head, programs), 1)
+    return min(max(L2_BYTES // bytes_per_head, 1), heads)
+
+
+def _query_span(call: AttendCall) -> int:
+    """How many query heads run side by side (`kernels.softmax.program_place`): those whose keys and
+    values share the L2 cache."""
+    return _heads_in_l2(call.k, call.v) * call.gqa_group
 
 
 def _key_span(call: AttendCall, grad_out: Tensor) -> int:
-    """The same for dk and dv. Where rows are alike (a shard's key blocks are read by all later queries,
-    the others by a few) all heads start their long rows at once: they walk the same tiles in step, so
-    the cache still serves them, and no long row is left for the end."""
+    """How many key heads run side by side for dk and dv. Where rows are alike (a shard's key blocks are
+    read by all later queries, the others by a few) all heads start their long rows at once: they walk
+    the same tiles in step, so the cache still serves them, and no long row is left for the end."""
     if call.layout.neighbours_alike:
         return call.k.shape[0] * call.k.shape[1]
-    return max(_span(call, call.q, grad_out) // call.gqa_group, 1)
+    return max(_heads_in_l2(call.q, grad_out) // call.gqa_group, 1)
 
 
 def _can_describe(x: Tensor) -> bool:
