@@ -78,7 +78,7 @@ def schedule_of(call: AttendCall) -> Schedule:
     layout, causal = call.layout, call.is_causal
     merges = layout.neighbours_alike and call.skip_below is None and layout.columns is None
     merges = merges and call.q.element_size() == 2  # a 128-row tile of fp32 leaves no room for keys
-    order = layout._cached(("order", causal), lambda: _row_order(layout, causal))
+    order = row_order(layout, causal)
     merged = t_order = t_merged = None
     merge = merge_factor(layout.block_m) if merges else 1
     if merge > 1:
@@ -108,6 +108,11 @@ def t_order_heads(layout_heads: int, kv_heads: int) -> int:
 def _longest_first(lengths: Tensor) -> Tensor:
     """int32, the shape of lengths: positions in each row of `lengths`, largest first, ties in order."""
     return torch.sort(lengths, dim=-1, descending=True, stable=True).indices.to(torch.int32)
+
+
+def row_order(layout: SparseLayout, causal: bool) -> Tensor:
+    """int32 [B' * H', Lb]: the query blocks of each head, longest row first. Cached."""
+    return layout._cached(("order", causal), lambda: _row_order(layout, causal))
 
 
 def _row_order(layout: SparseLayout, causal: bool) -> Tensor:
