@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_attn.engines.base import AttendCall, new_out
+from sparse_attn.engines.base import AttendCall, listed_tiles, new_out
 from sparse_attn.schedule import MergedRows, Schedule, merge_factor, schedule_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,6 +24,11 @@ COLUMN_SPLITS = 8  # programs that share a column row in the backward
 
 def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _on(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device; this makes it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 class TritonEngine:
@@ -61,7 +67,14 @@ class TritonEngine:
             )
         return reasons
 
+    def schedule(self, call: AttendCall) -> Schedule:
+        return schedule_of(call)
+
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        with _on(call.q):
+            return self._forward(call)
+
+    def _forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         from sparse_attn.kernels.attend_fwd import attend_fwd_kernel
         from sparse_attn.kernels.configs import forward_tile
 
@@ -73,7 +86,9 @@ class TritonEngine:
         kept = None
         if call.want_kept:
             kept = (
-                torch.zeros(call.kept_shape, dtype=torch.uint8, device=q.device) if skips else _listed(call)
+                torch.zeros(call.kept_shape, dtype=torch.uint8, device=q.device)
+                if skips
+                else listed_tiles(call)
             )
         schedule = _schedule(call)
         merged = schedule.merged
@@ -104,9 +119,9 @@ class TritonEngine:
         if grad_out.stride(-1) != 1:
             grad_out = grad_out.contiguous()
         grad_out, lse, delta = grad_out.to(call.q.dtype), lse.contiguous(), delta.float().contiguous()
-        dq = self._backward_dq(call, lse, delta, kept, grad_out)
-        dk, dv = self._backward_dkdv(call, lse, delta, kept, grad_out)
-        return dq, dk, dv
+        with _on(call.q):
+            dq = self._backward_dq(call, lse, delta, kept, grad_out)
+            return dq, *self._backward_dkdv(call, lse, delta, kept, grad_out)
 
     def _backward_dq(
         self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
@@ -211,9 +226,10 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
     a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
     out = torch.empty(B, H, L, dtype=torch.float32, device=a.device)
     block_d, rows = max(1 << (D - 1).bit_length(), 16), 32
-    row_dot_kernel[(ceil(L / rows) * B * H,)](
-        a, b, out, *_strides(a), *_strides(b), H, L, D=D, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4
-    )
+    with _on(a):
+        row_dot_kernel[(ceil(L / rows) * B * H,)](
+            a, b, out, *_strides(a), *_strides(b), H, L, D=D, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4
+        )
     return out
 
 
@@ -295,19 +311,6 @@ def _sign(x: float) -> int:
 def _precision(q: Tensor) -> str:
     tf32 = q.dtype == torch.float32 and q.is_cuda and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if tf32 else "ieee"
-
-
-def _listed(call: AttendCall) -> Tensor:
-    """uint8 [B, Hq, Lb, Sb]: the listed, visible tiles; without a skip all of them are attended."""
-    from sparse_attn.layout import visible_blocks
-
-    layout = call.layout
-    mask = layout.block_mask()
-    if call.is_causal:
-        mask = mask & visible_blocks(layout.L, layout.S, layout.block_m, layout.block_n, layout.device)
-    if layout.heads not in (1, call.q.shape[1]):
-        mask = mask.repeat_interleave(call.gqa_group, 1)
-    return mask.expand(call.kept_shape).to(torch.uint8)
 
 
 def _sizes(call: AttendCall) -> tuple[int, int, int, int]:
