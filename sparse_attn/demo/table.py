@@ -34,7 +34,7 @@ def cells(row: dict[str, Any], dense: dict[str, Any] | None) -> list[str]:
     """The text of a row, in the order of `HEADINGS`."""
     perplexity = "-"
     if row["perplexity"] is not None and dense is not None:
-        change = row["perplexity"] / dense["perplexity"] - 1
+        change = round(row["perplexity"] / dense["perplexity"] - 1, 3) + 0.0  # + 0.0: no "-0.0%"
         perplexity = f"{row['perplexity']:.2f} {change:+.1%}"
     return [
         row["label"],
