@@ -27,7 +27,7 @@ def runnable(name: str, monkeypatch) -> bool:
     monkeypatch.setenv("SPARSE_ATTN_CPU_ISA", name)
     try:
         return ENGINES["cpu"].instruction_set() == name
-    except RuntimeError as error:
+    except ValueError as error:
         assert f"SPARSE_ATTN_CPU_ISA is '{name}'; this machine runs: " in str(error)
         return False
 
@@ -71,7 +71,9 @@ def test_wide_sets_agree_bit_for_bit(monkeypatch):
 def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("SPARSE_ATTN_CPU_ISA", "mmx")
     q, k, v = make_inputs(L=8, S=8)
-    with pytest.raises(RuntimeError, match=r"SPARSE_ATTN_CPU_ISA is 'mmx'; this machine runs: .*baseline"):
+    with pytest.raises(
+        ValueError, match=r"^cpu engine: SPARSE_ATTN_CPU_ISA is 'mmx'; this machine runs: .*baseline"
+    ):
         attend(q, k, v, Plan(SparseLayout.full(8, 8)), engine="cpu")
 
 
@@ -210,7 +212,9 @@ def test_a_layout_that_is_not_valid_is_refused(indices):
     q, k, v = make_inputs(L=32, S=128)
     rows = IndexList(torch.tensor([0, 2]), torch.tensor(indices, dtype=torch.int32))
     layout = SparseLayout(rows, 32, 64, 32, 128)
-    with pytest.raises(RuntimeError, match=r"blocks are not valid: call layout\.check\(\)"):
+    with pytest.raises(
+        ValueError, match=r"^cpu engine: the layout's blocks are not valid: call layout\.check\(\)"
+    ):
         attend(q, k, v, Plan(layout), engine="cpu")
 
 

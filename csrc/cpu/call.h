@@ -53,7 +53,7 @@ inline const Kernels& choose_kernels() {
     if (std::string(set->name) == wanted) return *set;
     names += (names.empty() ? "" : ", ") + std::string(set->name);
   }
-  STD_TORCH_CHECK(false, "SPARSE_ATTN_CPU_ISA is '", wanted, "'; this machine runs: ", names, ".");
+  STD_TORCH_CHECK(false, "cpu engine: SPARSE_ATTN_CPU_ISA is '", wanted, "'; this machine runs: ", names, ".");
 }
 
 // -- tensors -----------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ inline DType dtype_of(const Tensor& x) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "the cpu engine takes float32, bfloat16 and float16 tensors.");
+    default: STD_TORCH_CHECK(false, "cpu engine: it takes float32, bfloat16 and float16 tensors.");
   }
 }
 
@@ -79,7 +79,7 @@ struct Heads {
       : base(static_cast<char*>(x.data_ptr())), H(x.size(1)), length(x.size(2)), stride_b(x.stride(0)),
         stride_h(x.stride(1)), stride_row(x.stride(2)), width(static_cast<int>(x.size(3))),
         dtype(dtype_of(x)) {
-    STD_TORCH_CHECK(width == 1 || x.stride(3) == 1, "the cpu engine needs a last stride of 1.");
+    STD_TORCH_CHECK(width == 1 || x.stride(3) == 1, "cpu engine: the last stride must be 1.");
   }
 
   int element_size() const { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -108,7 +108,7 @@ struct List {
         before = indices[t];
       }
     }
-    STD_TORCH_CHECK(good, "the layout's ", name,
+    STD_TORCH_CHECK(good, "cpu engine: the layout's ", name,
                     " are not valid: call layout.check() to see which invariant is broken.");
   }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.engines.base import AttendCall, new_out
+from sparse_attn.schedule import Schedule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,19 +44,24 @@ class CpuEngine:
         return reasons
 
     def instruction_set(self) -> str:
-        """The instruction set in use: "avx512", "avx2" or "baseline"; "" where the engine is off."""
+        """The instruction set in use: "avx512", "avx2" or "baseline"; "" where the engine is off.
+
+        Raises:
+            ValueError: SPARSE_ATTN_CPU_ISA names a set that this machine does not run.
+        """
         if self.why_off():
             return ""
-        return torch.ops.sparse_attn_cpu.instruction_set()
+        return _run("instruction_set")
+
+    def schedule(self, call: AttendCall) -> Schedule:
+        return Schedule()
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         out = new_out(call.q, call.v.shape[-1])
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
         kept = torch.zeros(call.kept_shape, dtype=torch.uint8) if call.want_kept else None
         limits = None if call.skip_below is None else call.skip_below.contiguous()
-        torch.ops.sparse_attn_cpu.attend_fwd(
-            *_inputs(call), limits, *_shape(call), out, lse, kept
-        )  # fmt: skip
+        _run("attend_fwd", *_inputs(call), limits, *_shape(call), out, lse, kept)
         return out, lse, kept
 
     def backward(
@@ -66,11 +72,24 @@ class CpuEngine:
         grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
         lists = call.layout.transposed()
         transposed = (lists.offsets, lists.indices, call.layout.transposed_bounds(call.is_causal))
-        torch.ops.sparse_attn_cpu.attend_bwd(
-            lse.contiguous(), delta.contiguous(), kept, grad_out, *_inputs(call), *transposed,
-            *_shape(call), *grads,
-        )  # fmt: skip
+        saved = (lse.contiguous(), delta.contiguous(), kept, grad_out)
+        _run("attend_bwd", *saved, *_inputs(call), *transposed, *_shape(call), *grads)
         return grads[0], grads[1], grads[2]
+
+
+def _run(name: str, *args):
+    """Call an operator of the library. What it says about a bad call becomes a ValueError.
+
+    Raises:
+        ValueError: the layout's lists are not valid, or SPARSE_ATTN_CPU_ISA names no set of this machine.
+    """
+    try:
+        return getattr(torch.ops.sparse_attn_cpu, name)(*args)
+    except RuntimeError as error:
+        _, marker, words = str(error).partition("cpu engine: ")
+        if marker:
+            raise ValueError(marker + words) from None
+        raise
 
 
 def _inputs(call: AttendCall) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,113 @@
+// Host side: tensor maps, launch, and the operator sparse_attn_hopper::attend_fwd.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cudaTypedefs.h>
+
+#include "launch.h"
+
+using torch::stable::Tensor;
+
+namespace sparse_attn::hopper {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "sparse_attn hopper engine: ", what, ": ", cudaGetErrorString(status));
+}
+
+PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static PFN_cuTensorMapEncodeTiled_v12000 encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "finding cuTensorMapEncodeTiled");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encode;
+}
+
+// A [B, H, N, D] tensor as boxes of [box_rows, 64] elements with 128-byte swizzle; zeros past the edges.
+CUtensorMap tensor_map(const Tensor& x, int box_rows) {
+  CUtensorMap map;
+  const bool is_bf16 = x.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  const cuuint64_t size[4] = {cuuint64_t(x.size(3)), cuuint64_t(x.size(2)), cuuint64_t(x.size(1)), cuuint64_t(x.size(0))};
+  cuuint64_t stride[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t bytes = x.stride(2 - i) * 2;
+    stride[i] = bytes == 0 ? 16 : bytes;  // a dimension of size 1, whose stride is never used
+  }
+  const cuuint32_t box[4] = {kChunk, cuuint32_t(box_rows), 1, 1}, step[4] = {1, 1, 1, 1};
+  const CUresult status = tensor_map_encoder()(
+      &map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, x.data_ptr(), size, stride,
+      box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  STD_TORCH_CHECK(status == CUDA_SUCCESS, "sparse_attn hopper engine: cuTensorMapEncodeTiled failed with ", int(status));
+  return map;
+}
+
+using Launch = void (*)(const AttendFwdParams&, const CUtensorMap&, const CUtensorMap&, const CUtensorMap&, int,
+                        cudaStream_t);
+
+// The instance for a call; null where there is none.
+template <typename Element>
+Launch find(int64_t head_dim, int64_t key_block) {
+  if (head_dim == 64 && key_block == 64) return launch<Element, 64, 64>;
+  if (head_dim == 64 && key_block == 128) return launch<Element, 64, 128>;
+  if (head_dim == 128 && key_block == 64) return launch<Element, 128, 64>;
+  if (head_dim == 128 && key_block == 128) return launch<Element, 128, 128>;
+  return nullptr;
+}
+
+void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets, const Tensor& indices,
+                const Tensor& bounds, const Tensor& order, const Tensor& counter, Tensor out, Tensor lse, int64_t batch,
+                int64_t heads, int64_t key_block, int64_t heads_per_section, bool is_causal, double scale) {
+  AttendFwdParams p;
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.offsets = static_cast<const int64_t*>(offsets.data_ptr());
+  p.indices = static_cast<const int32_t*>(indices.data_ptr());
+  p.bounds = static_cast<const int32_t*>(bounds.data_ptr());
+  p.order = static_cast<const int32_t*>(order.data_ptr());
+  p.counter = static_cast<int*>(counter.data_ptr());
+  p.out_stride_b = out.stride(0), p.out_stride_h = out.stride(1), p.out_stride_m = out.stride(2);
+  p.batch = q.size(0), p.q_heads = q.size(1), p.L = q.size(2), p.S = k.size(2);
+  p.gqa_group = q.size(1) / k.size(1);
+  p.list_stride_batch = batch == 1 ? 0 : heads;
+  p.list_stride_head = heads == 1 ? 0 : 1;
+  p.list_head_divisor = heads == q.size(1) || heads == 1 ? 1 : p.gqa_group;
+  p.num_query_blocks = (p.L + BLOCK_M - 1) / BLOCK_M;
+  p.num_key_blocks = (p.S + key_block - 1) / key_block;
+  p.heads_per_section = heads_per_section;
+  p.num_items = p.num_query_blocks * p.batch * p.q_heads;
+  p.is_causal = is_causal;
+  p.scale = scale, p.scale_log2 = scale * 1.4426950408889634;
+
+  int device = q.get_device_index(), processors = 0;
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device attribute");
+  void* stream = nullptr;
+  aoti_torch_get_current_cuda_stream(device, &stream);
+  const CUtensorMap map_q = tensor_map(q, BLOCK_M), map_k = tensor_map(k, key_block), map_v = tensor_map(v, key_block);
+  const int blocks = p.num_items < processors ? p.num_items : processors;
+  const bool is_bf16 = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  const Launch instance = is_bf16 ? find<__nv_bfloat16>(q.size(3), key_block) : find<__half>(q.size(3), key_block);
+  STD_TORCH_CHECK(instance != nullptr, "sparse_attn hopper engine: no kernel for head_dim ", q.size(3),
+                  " and key blocks of ", key_block);
+  instance(p, map_q, map_k, map_v, blocks, cudaStream_t(stream));
+  check(cudaGetLastError(), "launch");
+}
+
+}  // namespace
+}  // namespace sparse_attn::hopper
+
+STABLE_TORCH_LIBRARY(sparse_attn_hopper, m) {
+  m.def(
+      "attend_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor bounds, Tensor order, "
+      "Tensor(a!) counter, Tensor(b!) out, Tensor(c!) lse, int batch, int heads, int key_block, "
+      "int heads_per_section, bool is_causal, float scale) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(sparse_attn_hopper, CUDA, m) {
+  m.impl("attend_fwd", TORCH_BOX(&sparse_attn::hopper::attend_fwd));
+}

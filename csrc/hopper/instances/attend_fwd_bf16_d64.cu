@@ -1,0 +1,8 @@
+#include "../launch.cuh"
+
+namespace sparse_attn::hopper {
+template void launch<__nv_bfloat16, 64, 64>(const AttendFwdParams&, const CUtensorMap&, const CUtensorMap&,
+                                   const CUtensorMap&, int, cudaStream_t);
+template void launch<__nv_bfloat16, 64, 128>(const AttendFwdParams&, const CUtensorMap&, const CUtensorMap&,
+                                   const CUtensorMap&, int, cudaStream_t);
+}  // namespace sparse_attn::hopper
