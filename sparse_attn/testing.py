@@ -37,9 +37,10 @@ __all__ = [
     "with_strides",
 ]  # fmt: skip
 
-# Below this many elements the largest error of one run is a matter of luck, so that plain PyTorch is run
-# in several orders of summation and the worst of them is the yardstick.
-FEW_ELEMENTS = 1 << 12
+# Up to this many elements of the query the largest error of one run is a matter of luck, so that plain
+# PyTorch is run in several orders of summation and the worst of them is the yardstick. In float32 the
+# order of summation is all that differs; in float16 and bfloat16 rounding swamps it sooner.
+FEW_ELEMENTS = {torch.float32: 1 << 15, torch.float16: 1 << 12, torch.bfloat16: 1 << 12}
 NUM_ORDERS = 6
 
 
@@ -88,16 +89,22 @@ def plain_gradients(
     grad_out: Tensor,
     grad_lse: Tensor,
     *,
+    lse: Tensor | None = None,
     scale: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `masked_attention` by the algebra of every fused backward, PyTorch's included:
-    dS = P * (dP - delta) with delta = rowsum(dO * O) - dlse. In float64 this is what autograd gives; in
-    a lower precision it loses what any such backward loses (where one key takes all the weight, dP
-    and delta cancel, which autograd of an eager softmax does without rounding).
+    P = exp(S - lse) again from the stored lse, dS = P * (dP - delta), delta = rowsum(dO * O) - dlse. In
+    float64 this is what autograd gives; in a lower precision it loses what any such backward loses
+    (where one key takes all the weight, dP and delta cancel, which autograd of an eager softmax does
+    without rounding).
+
+    Args:
+        lse: what a forward stored, [B, Hq, L]: a backward is then judged by what it adds to the
+            rounding of the lse that it was given. Default: computed here.
 
     Returns:
-        dq, dk, dv in `dtype`; the sums of delta are taken in at least float32.
+        dq, dk, dv in `dtype`; lse and the sums of delta are in at least float32.
     """
     q, k, v = (x.detach().to(dtype) for x in inputs)
     group, shape = q.shape[1] // k.shape[1], (*k.shape[:2], -1)
@@ -105,9 +112,10 @@ def plain_gradients(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     if mask.shape[1] not in (1, q.shape[1]):
         mask = mask.repeat_interleave(group, 1)
-    p = (q @ k.mT * scale).masked_fill(~mask, -torch.inf).softmax(-1)
-    p = p.masked_fill(~mask.any(-1, keepdim=True), 0)
     wide, do = torch.promote_types(dtype, torch.float32), grad_out.to(dtype)
+    scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf).to(wide)
+    stored = scores.logsumexp(-1) if lse is None else lse.detach().to(wide)
+    p = torch.exp(scores - stored.masked_fill(stored == -torch.inf, 0)[..., None]).to(dtype)
     delta = (do.to(wide) * (p @ v).to(wide)).sum(-1) - grad_lse.to(wide)
     ds = (p.to(wide) * ((do @ v.mT).to(wide) - delta[..., None]) * scale).to(dtype)
     dq, dk, dv = ds @ k, ds.mT @ q, p.mT @ do
@@ -125,7 +133,7 @@ def orders(
     """
     q, k, v = inputs
     D, S, device = q.shape[3], k.shape[2], q.device
-    few = q.numel() <= FEW_ELEMENTS
+    few = q.numel() <= FEW_ELEMENTS.get(q.dtype, 0)
     generator = torch.Generator().manual_seed(2)
     for number in range(NUM_ORDERS if few else 1):
         dims, keys = (
@@ -372,7 +380,7 @@ def _check_gradients(inputs: tuple[Tensor, Tensor, Tensor], got: Attended, mask:
     plain: list[list[Tensor]] = [[], [], []]
     for shuffled, shuffled_mask, dims, keys in orders(inputs, mask):
         dq, dk, dv = plain_gradients(
-            shuffled, shuffled_mask, grad_out, grad_lse, scale=scale, dtype=inputs[0].dtype
+            shuffled, shuffled_mask, grad_out, grad_lse, lse=got.lse, scale=scale, dtype=inputs[0].dtype
         )
         for runs, x in zip(plain, (dq[..., dims], dk[:, :, keys][..., dims], dv[:, :, keys]), strict=True):
             runs.append(x)

@@ -12,6 +12,7 @@ import torch._inductor.config
 import sparse_attn as sa
 from sparse_attn import Plan, SparseLayout, attend, sparse_attention, use_engine
 from sparse_attn.engines import ENGINES, AttendCall, choose
+from sparse_attn.engines.reference import ReferenceEngine
 from sparse_attn.ops import attend_fwd, flatten
 from sparse_attn.testing import assert_close, make_inputs, masked_attention, random_layout
 
@@ -339,19 +340,16 @@ def test_vmap_over_the_operator():
 # -- the choice of an engine ----------------------------------------------------------------------
 
 
-class ForwardOnly:
+class ForwardOnly(ReferenceEngine):
     """A backend without gradients, to see that it is passed over or refused, never used in silence."""
 
     name = "forward_only"
-
-    def why_off(self):
-        return []
 
     def why_not(self, call):
         return ["no backward; call it under torch.no_grad()"] if call.needs_grad else []
 
     def forward(self, call):
-        out, lse, kept = ENGINES["reference"].forward(call)
+        out, lse, kept = super().forward(call)
         return out + 100, lse, kept
 
 

@@ -7,6 +7,7 @@ import torch
 
 from sparse_attn import Plan, SparseLayout
 from sparse_attn.engines import ENGINES
+from sparse_attn.engines.reference import ReferenceEngine
 from sparse_attn.testing import (
     LAYOUT_KINDS,
     STRIDES,
@@ -125,7 +126,7 @@ def test_layouts_are_legal_and_what_their_name_says(kind, L, S):
 # -- wrong engines must be caught -----------------------------------------------------------------
 
 
-class Wrong:
+class Wrong(ReferenceEngine):
     """The reference engine with one mistake in its results."""
 
     name = "wrong"
@@ -133,14 +134,8 @@ class Wrong:
     def __init__(self, mistake):
         self.mistake = mistake
 
-    def why_off(self):
-        return []
-
-    def why_not(self, call):
-        return []
-
     def forward(self, call):
-        out, lse, kept = ENGINES["reference"].forward(call)
+        out, lse, kept = super().forward(call)
         if self.mistake == "out":
             out[..., -1, 0] += 1e-4
         elif self.mistake == "unwritten":
@@ -152,7 +147,7 @@ class Wrong:
         return out, lse, kept
 
     def backward(self, call, lse, delta, kept, grad_out):
-        grads = list(ENGINES["reference"].backward(call, lse, delta, kept, grad_out))
+        grads = list(super().backward(call, lse, delta, kept, grad_out))
         if self.mistake in ("dq", "dk", "dv"):
             grads[("dq", "dk", "dv").index(self.mistake)] *= 1 + 1e-4
         return tuple(grads)
