@@ -207,6 +207,17 @@ def test_rows_equal_their_definitions(llama) -> None:
     assert len(picker.pictures()) == 3
 
 
+@pytest.mark.filterwarnings("ignore::sparse_attn.integrations.transformers.DenseFallbackWarning")
+def test_a_model_of_windows_alone_is_refused() -> None:
+    config = transformers.MistralConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=16,
+    )  # fmt: skip
+    windowed = transformers.MistralForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="sliding window"):
+        measure.measure_model(windowed, token_ids(40), [SMALL["s2"]], advance=lambda: None)
+
+
 def captured_layers(llama, ids) -> list[tuple[torch.Tensor, ...]]:
     """Query, key and value of every layer of the dense model."""
     layers = []

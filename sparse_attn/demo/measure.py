@@ -211,10 +211,18 @@ def measure_model(
 
     Returns:
         A row for each candidate, and {"perplexity", "sdpa_ms", "full_ms", "engines"} of dense attention.
+
+    Raises:
+        ValueError: a model without full causal attention.
     """
     probe = LayerProbe(candidates, advance, picker)
     with patched(model, probe):
         dense: dict[str, Any] = {"perplexity": perplexity(model, ids)}
+    if not probe.dense_times:
+        raise ValueError(
+            f"demo: no layer of {type(model).__name__} attends to all earlier tokens (a sliding window?), so "
+            "there is nothing to measure; pass a model with full causal attention."
+        )
     dense |= {f"{name}_ms": 1e3 * median(seconds) for name, seconds in probe.dense_times.items()}
     dense["engines"] = sorted(probe.engines)
     rows = []
