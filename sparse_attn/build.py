@@ -6,9 +6,11 @@ This file imports nothing but the standard library at the top, so that setup.py 
 torch is asked only where its headers and libraries lie.
 
 Environment:
-    SPARSE_ATTN_BUILD: auto (default: all that can be built here), cpu, cuda or none.
+    SPARSE_ATTN_BUILD: auto (default: cpu, and cuda where nvcc and an NVIDIA GPU are found), cpu, cuda
+        or none.
     MAX_JOBS: compiler processes at once; default the number of CPUs.
-    TORCH_CUDA_ARCH_LIST: as PyTorch knows it; default 9.0a.
+    TORCH_CUDA_ARCH_LIST: as PyTorch knows it; default 9.0a. Setting it also asks auto for cuda, so that
+        a machine without a GPU can build for others.
     CXX, CUDA_HOME: which compilers to take.
     SPARSE_ATTN_CACHE: where `sparse-attn build` puts its libraries; default ~/.cache/sparse_attn.
 """
@@ -320,15 +322,20 @@ def failure_logs(kind: str) -> list[Path]:
     return [path for path in (cache_dir() / f"{kind}.log", PACKAGE / f"_{kind}.log") if path.exists()]
 
 
+def _wants_cuda() -> bool:
+    """Whether CUDA code is of use: there is an NVIDIA GPU, or an architecture was asked for."""
+    return Path("/dev/nvidiactl").exists() or bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+
+
 def wanted_kinds(request: str | None = None) -> list[str]:
-    """The kinds to build: of `request`, else of SPARSE_ATTN_BUILD, else all that this machine can build.
+    """The kinds to build: of `request`, else of SPARSE_ATTN_BUILD, else what this machine can use.
 
     Raises:
         BuildError: an unknown word.
     """
     request = request or os.environ.get("SPARSE_ATTN_BUILD") or "auto"
     if request == "auto":
-        return ["cpu"] + (["cuda"] if source_files("cuda") and nvcc() else [])
+        return ["cpu"] + (["cuda"] if source_files("cuda") and nvcc() and _wants_cuda() else [])
     if request == "none":
         return []
     if request not in KINDS:

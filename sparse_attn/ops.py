@@ -16,7 +16,7 @@ from sparse_attn.engines import ENGINES, AttendCall, lse_dtype, new_out
 from sparse_attn.engines.triton import row_dot as triton_row_dot
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
-from sparse_attn.schedule import NUM_FLAT, Schedule, schedule_of
+from sparse_attn.schedule import NUM_FLAT, Schedule
 
 NAMESPACE = "sparse_attn"
 
@@ -39,8 +39,8 @@ torch.library.define(
 
 
 def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
-    """The arguments of `attend_fwd`. The transposed list is made only where gradients need it, the
-    schedule only for the engine that reads it."""
+    """The arguments of `attend_fwd`. The transposed list is made only where gradients need it, and of
+    the schedule only what the engine reads."""
     layout, causal = call.layout, call.is_causal
     columns: tuple[Any, ...] = (None, None, None)
     transposed: tuple[Any, ...] = (None, None, None)
@@ -53,7 +53,7 @@ def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
     group = 1 if layout.columns is None else layout.columns.group
     shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group, layout.neighbours_alike)
     rule = (causal, call.scale, call.want_kept, engine)
-    schedule = schedule_of(call) if engine == "triton" else Schedule()
+    schedule = ENGINES[engine].schedule(call)
     tensors = (*blocks, *columns, *transposed, call.skip_below, *schedule.flat())
     return (call.q, call.k, call.v, *tensors, *shape, *rule)
 

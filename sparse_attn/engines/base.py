@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_attn.layout import SparseLayout
+from sparse_attn.layout import SparseLayout, visible_blocks
+from sparse_attn.schedule import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ class Engine(Protocol):
         """Reasons why the engine runs nothing on this machine; [] means it is on."""
         ...
 
+    def schedule(self, call: AttendCall) -> Schedule:
+        """Row orders and the like, made outside the operator and cached on the layout, which travel
+        beside the lists; `Schedule()` where the engine reads none."""
+        ...
+
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns out [B, Hq, L, Dv] in the dtype of q (see `new_out`), lse float32 [B, Hq, L] (float64
         for float64 input; natural log, -inf for a row that attends nothing, whose output is 0),
@@ -100,6 +106,17 @@ def new_out(q: Tensor, value_dim: int) -> Tensor:
     if H > 1 and q.stride(1) < q.stride(2):
         return torch.empty(B, L, H, value_dim, dtype=q.dtype, device=q.device).transpose(1, 2)
     return torch.empty(B, H, L, value_dim, dtype=q.dtype, device=q.device)
+
+
+def listed_tiles(call: AttendCall) -> Tensor:
+    """uint8 [B, Hq, Lb, Sb]: the listed, visible tiles; without a skip all of them are attended."""
+    layout = call.layout
+    mask = layout.block_mask()
+    if call.is_causal:
+        mask = mask & visible_blocks(layout.L, layout.S, layout.block_m, layout.block_n, layout.device)
+    if layout.heads not in (1, call.q.shape[1]):
+        mask = mask.repeat_interleave(call.gqa_group, 1)
+    return mask.expand(call.kept_shape).to(torch.uint8)
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.engines.base import AttendCall, lse_dtype, new_out
+from sparse_attn.schedule import Schedule
 
 
 class ReferenceEngine:
@@ -17,6 +18,9 @@ class ReferenceEngine:
 
     def why_not(self, call: AttendCall) -> list[str]:
         return []
+
+    def schedule(self, call: AttendCall) -> Schedule:
+        return Schedule()
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         q, k, v = call.q, _per_query_head(call.k, call), _per_query_head(call.v, call)

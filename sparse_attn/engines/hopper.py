@@ -1,0 +1,93 @@
+"""The Hopper engine (csrc/hopper; docs/hopper_forward.md says how it works): sm_90a, forward only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_attn import library
+from sparse_attn.engines.base import AttendCall, listed_tiles, new_out
+from sparse_attn.schedule import Schedule, row_order
+
+DTYPES = (torch.float16, torch.bfloat16)
+HEAD_DIMS = (64, 128)
+BLOCK_M = 128
+BLOCK_NS = (64, 128)
+L2_BYTES = 32 << 20  # keys and values worked on together; 50 MB of L2 on an H100, and queries pass through
+
+
+class HopperEngine:
+    """Block lists on TMA and wgmma, with a producer warp, ping-pong softmax and a persistent grid."""
+
+    name = "hopper"
+
+    def why_off(self) -> list[str]:
+        if not torch.cuda.is_available():
+            return ["no GPU is visible to torch."]
+        capability = torch.cuda.get_device_capability()
+        if capability != (9, 0):
+            return [
+                f"it is for compute capability 9.0 (H100, H200, GH200), not {capability[0]}.{capability[1]}."
+            ]
+        reason = library.load("cuda")
+        return [] if reason is None else [reason]
+
+    def why_not(self, call: AttendCall) -> list[str]:
+        reasons = self.why_off()
+        layout = call.layout
+        if call.q.device.type != "cuda":
+            reasons.append(f"it runs on CUDA tensors, and these are on {call.q.device}.")
+        if call.q.dtype not in DTYPES:
+            reasons.append(f"it takes float16 and bfloat16, not {call.q.dtype}.")
+        dims = (call.q.shape[-1], call.v.shape[-1])
+        if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
+            reasons.append(
+                f"it takes head_dim 64 and 128, the same for key and value, not {dims[0]} and {dims[1]}."
+            )
+        if layout.block_m != BLOCK_M or layout.block_n not in BLOCK_NS:
+            reasons.append(f"it takes blocks of 128x128 and 128x64, not {layout.block_m}x{layout.block_n}.")
+        if layout.columns is not None:
+            reasons.append("it does not read column lists yet.")
+        if call.skip_below is not None:
+            reasons.append("it has no BLASST skip yet.")
+        if call.needs_grad:
+            reasons.append("it has no backward yet.")
+        if call.scale <= 0:
+            reasons.append(f"it needs a positive scale, not {call.scale}.")
+        for name, x in (("query", call.q), ("key", call.k), ("value", call.v)):
+            if not _copy_engine_takes(x):
+                reasons.append(
+                    f"{name} has strides {x.stride()} or an address that are not multiples of 16 bytes."
+                )
+        return reasons
+
+    def schedule(self, call: AttendCall) -> Schedule:
+        return Schedule(order=row_order(call.layout, call.is_causal))
+
+    def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        layout = call.layout
+        B, Hq, L, D = call.q.shape
+        out = new_out(call.q, D)
+        lse = torch.empty(B, Hq, L, dtype=torch.float32, device=call.q.device)
+        schedule = layout._cache.get(("schedule",)) or self.schedule(call)
+        heads_at_once = max(L2_BYTES // (call.k.shape[2] * D * 4), 1) * call.gqa_group
+        torch.ops.sparse_attn_hopper.attend_fwd(
+            call.q, call.k, call.v, layout.blocks.offsets, layout.blocks.indices,
+            layout.block_bounds(call.is_causal), schedule.order,
+            torch.zeros(1, dtype=torch.int32, device=call.q.device), out, lse,
+            layout.batch, layout.heads, layout.block_n, min(heads_at_once, B * Hq),
+            call.is_causal, call.scale,
+        )  # fmt: skip
+        return out, lse, listed_tiles(call) if call.want_kept else None
+
+    def backward(
+        self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError("the hopper engine has no backward; why_not says so before the forward.")
+
+
+def _copy_engine_takes(x: Tensor) -> bool:
+    """Whether a tensor map can describe [B, H, N, D]: 16-byte address and strides, nothing expanded."""
+    step = 16 // x.element_size()
+    strides = [(size, stride) for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return x.storage_offset() % step == 0 and all(stride > 0 and stride % step == 0 for _, stride in strides)

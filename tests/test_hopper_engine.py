@@ -1,0 +1,84 @@
+"""What is the Hopper engine's own; it runs where there is an H100 (or another sm_90 card).
+
+`tests/test_engines.py` holds it to the cases that it takes; here are more of its block sizes and edges.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sparse_attn as sa
+from sparse_attn import Plan, SparseLayout
+from sparse_attn.engines import ENGINES, AttendCall
+from sparse_attn.testing import check_engine, make_inputs, random_layout
+
+WHY_OFF = ENGINES["hopper"].why_off()
+needs_hopper = pytest.mark.skipif(bool(WHY_OFF), reason=f"hopper: {'; '.join(WHY_OFF)}")
+F16, BF16 = torch.float16, torch.bfloat16
+
+# kind, L, S, query heads, key heads, D, key block, dtype, causal, layout heads, strides
+CASES = {
+    "full": ("full", 128, 128, 1, 1, 128, 128, BF16, False, 1, "contiguous"),
+    "full-causal-ragged": ("full", 300, 300, 2, 2, 128, 128, F16, True, 1, "contiguous"),
+    "one-query": ("full", 1, 257, 4, 1, 128, 128, BF16, True, 1, "contiguous"),
+    "blind-rows": ("full", 300, 130, 2, 2, 64, 64, BF16, True, 1, "contiguous"),
+    "chunk": ("full", 513, 1300, 4, 1, 128, 64, F16, True, 1, "contiguous"),
+    "random-heads": ("random", 1000, 1000, 8, 2, 128, 128, BF16, True, 8, "contiguous"),
+    "random-kv-heads": ("random", 700, 900, 8, 2, 64, 128, F16, False, 2, "contiguous"),
+    "random-64-keys": ("random", 1000, 1000, 6, 6, 128, 64, BF16, False, 6, "contiguous"),
+    "random-64-keys-causal": ("random", 1000, 1000, 6, 6, 64, 64, F16, True, 1, "contiguous"),
+    "empty-rows": ("empty_rows", 640, 640, 4, 4, 128, 128, BF16, False, 4, "contiguous"),
+    "blhd": ("random", 640, 640, 4, 2, 128, 128, BF16, True, 4, "blhd"),
+    "long-lists": ("full", 256, 9000, 2, 1, 64, 64, BF16, True, 1, "contiguous"),
+    "many-items": ("random", 4096, 4096, 16, 16, 64, 128, BF16, True, 16, "contiguous"),
+}
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_against_masked_attention(name, batch):
+    kind, L, S, heads, kv_heads, D, block_n, dtype, causal, layout_heads, strides = CASES[name]
+    if batch == 2 and L > 2000:
+        pytest.skip("once is enough for the large case")
+    q, k, v = make_inputs(
+        batch=batch, heads=heads, kv_heads=kv_heads, L=L, S=S, head_dim=D, dtype=dtype, strides=strides,
+        device="cuda",
+    )  # fmt: skip
+    layout = random_layout(kind, L, S, block_m=128, block_n=block_n, heads=layout_heads, device="cuda")
+    check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
+
+
+@needs_hopper
+def test_it_repeats_its_bits():
+    q, k, v = make_inputs(heads=4, kv_heads=4, L=700, S=700, head_dim=128, dtype=BF16, device="cuda")
+    layout = random_layout("random", 700, 700, block_m=128, block_n=128, heads=4, device="cuda")
+    outs = [sa.sparse_attention(q, k, v, layout, engine=name) for name in ("hopper",) * 3]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[1], outs[2])
+
+
+@needs_hopper
+def test_cuda_graph():
+    q, k, v = make_inputs(heads=4, kv_heads=2, L=512, S=512, head_dim=128, dtype=BF16, device="cuda")
+    layout = SparseLayout.full(512, 512, device="cuda")
+    args = dict(is_causal=True, enable_gqa=True, engine="hopper")
+    expected = sa.sparse_attention(q, k, v, layout, **args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = sa.sparse_attention(q, k, v, layout, **args)
+    out.zero_()
+    for _ in range(3):  # the work counter must start at zero in every replay
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_refusals_are_named():
+    q, k, v = make_inputs(heads=2, kv_heads=2, L=64, S=64, head_dim=32)
+    layout = random_layout("columns", 64, 64, block_m=32, block_n=32)
+    skip = torch.zeros(1, 2)
+    call = AttendCall(q, k, v, layout, skip, False, -1.0, needs_grad=True)
+    text = "\n".join(ENGINES["hopper"].why_not(call))
+    for word in ("CUDA tensors", "float32", "head_dim", "32x32", "column", "skip", "backward", "scale"):
+        assert word in text, word
