@@ -36,6 +36,7 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 MIN_TORCH = (2, 11)
 KINDS = ("cpu", "cuda")
 PACKAGE = Path(__file__).resolve().parent
+GPU_DEVICE = Path("/dev/nvidiactl")  # there where the NVIDIA driver is
 
 # The kernels are compiled once for each of these and chosen at run time, so that one binary runs on any
 # machine of its architecture. -ffp-contract: a * b + c becomes one fused instruction.
@@ -324,7 +325,7 @@ def failure_logs(kind: str) -> list[Path]:
 
 def _wants_cuda() -> bool:
     """Whether CUDA code is of use: there is an NVIDIA GPU, or an architecture was asked for."""
-    return Path("/dev/nvidiactl").exists() or bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    return GPU_DEVICE.exists() or bool(os.environ.get("TORCH_CUDA_ARCH_LIST"))
 
 
 def wanted_kinds(request: str | None = None) -> list[str]:

@@ -332,7 +332,14 @@ def test_cuda_sources_become_nvcc_calls(no_library, tmp_path, monkeypatch):
     (step,) = build.cuda_steps(tmp_path)
     assert step.command[0] == str(tool) and str(sources / "hopper/instances/fwd.cu") in step.command
     assert "-gencode=arch=compute_90a,code=sm_90a" in step.command
-    assert build.wanted_kinds("auto") == ["cpu", "cuda"]
+    monkeypatch.delenv("SPARSE_ATTN_BUILD", raising=False)
+    monkeypatch.setattr(build, "GPU_DEVICE", tmp_path / "no-gpu")
+    assert build.wanted_kinds() == ["cpu"], "nvcc alone is no reason to wait for it"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
+    assert build.wanted_kinds() == ["cpu", "cuda"], "an architecture was asked for"
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(build, "GPU_DEVICE", tmp_path)
+    assert build.wanted_kinds() == ["cpu", "cuda"], "there is a GPU"
 
 
 def test_a_source_change_renames_the_library(tmp_path, monkeypatch):
