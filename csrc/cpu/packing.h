@@ -48,14 +48,16 @@ class PackedHeads {
   std::unique_ptr<Buffer> buffer_;
 };
 
-// How many key heads are worked on at once: enough rows to keep every thread busy to the end, within a
-// bound on the memory of their packed copies.
+// How many key heads are worked on at once: as many as a last-level cache holds packed, since every round
+// of heads ends with threads that wait for the last one; at least enough rows to keep every thread busy;
+// within a bound on the memory.
 inline int64_t heads_at_once(int64_t num_heads, int64_t tasks_per_head, int64_t bytes_per_head,
                              int64_t num_threads) {
-  constexpr int64_t kTasksPerThread = 64, kMaxBytes = int64_t{256} << 20;
+  constexpr int64_t kTasksPerThread = 64, kCacheBytes = int64_t{16} << 20, kMaxBytes = int64_t{256} << 20;
   if (bytes_per_head == 0) return num_heads;
   int64_t busy = ceil_div(kTasksPerThread * num_threads, tasks_per_head);
-  return std::clamp<int64_t>(std::min(busy, kMaxBytes / bytes_per_head), 1, num_heads);
+  int64_t wanted = std::max(busy, kCacheBytes / bytes_per_head);
+  return std::clamp<int64_t>(std::min(wanted, kMaxBytes / bytes_per_head), 1, num_heads);
 }
 
 }  // namespace sparse_attn
