@@ -13,22 +13,24 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.softmax import (
-    LOG2_E,
     gathered_keys,
     list_group,
     load_rows,
     load_tile,
     matmul,
     member_rows,
+    power,
     program_place,
+    score_factor,
     store_rows,
 )
 
 
 @triton.jit
-def load_lse_log2(lse, rows, num_rows):
-    """lse in base 2, +inf (so that p = 0) for queries that attend nothing or do not exist."""
-    value = tl.load(lse + rows, mask=rows < num_rows, other=-float("inf")) * LOG2_E
+def load_lse(lse, rows, num_rows, NATURAL: tl.constexpr):
+    """lse in the base of the exponents; +inf (so that p = 0) for queries that attend nothing or do not
+    exist."""
+    value = score_factor(tl.load(lse + rows, mask=rows < num_rows, other=-float("inf")), NATURAL)
     return tl.where(value == -float("inf"), float("inf"), value)
 
 
@@ -65,7 +67,7 @@ def add_dq(
     dq,  # [BLOCK_M, BLOCK_D] fp32, without the scale
     q,  # [BLOCK_M, BLOCK_D]
     do,  # [BLOCK_M, BLOCK_DV]
-    lse_log2,  # [BLOCK_M], +inf for queries that take no part
+    lse_m,  # [BLOCK_M], +inf for queries that take no part
     delta,  # [BLOCK_M]
     offs_m,  # [BLOCK_M]
     k,  # [BLOCK_N, BLOCK_D]
@@ -74,14 +76,15 @@ def add_dq(
     masked,
     L,
     S,
-    scale_log2,
+    factor,
     IS_CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What one tile of keys adds to dq of one tile of queries."""
     s = matmul(q, tl.trans(k), None, PRECISION)
     dp = matmul(do, tl.trans(v), None, PRECISION)  # here, so that it runs under the exponentials
-    p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+    NATURAL: tl.constexpr = k.dtype == tl.float32
+    p = power(s * factor - lse_m[:, None], NATURAL)
     if masked:
         seen = (keys < S)[None, :]
         if IS_CAUSAL:
@@ -193,10 +196,11 @@ def attend_bwd_dq_kernel(
     if HAS_SKIP:
         kept += (batch_head.to(tl.int64) * Lb + query_block) * Sb
 
-    scale_log2 = scale * LOG2_E
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    factor = score_factor(scale, NATURAL)
     q_tile = load_rows(q, offs_m, stride_qm, L, HEAD_DIM, BLOCK_D, True)
     do_tile = load_rows(grad_out, offs_m, stride_gm, L, VALUE_DIM, BLOCK_DV, True)
-    lse_log2 = load_lse_log2(lse, offs_m, L)
+    lse_m = load_lse(lse, offs_m, L, NATURAL)
     delta_m = tl.load(delta + offs_m, mask=offs_m < L, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -236,16 +240,16 @@ def attend_bwd_dq_kernel(
             True,
             USE_TMA,
         )
-        row_lse = lse_log2
+        row_lse = lse_m
         if MERGED:
-            row_lse = tl.where(member_rows(entry, BLOCK_M, QUERY_BLOCK), lse_log2, float("inf"))
+            row_lse = tl.where(member_rows(entry, BLOCK_M, QUERY_BLOCK), lse_m, float("inf"))
         attended = True
         if HAS_SKIP:
             attended = tl.load(kept + entry) > 0
         if attended:
             acc = add_dq(
                 acc, q_tile, do_tile, row_lse, delta_m, offs_m, k_tile, v_tile, keys, step >= middle,
-                L, S, scale_log2, IS_CAUSAL, PRECISION,
+                L, S, factor, IS_CAUSAL, PRECISION,
             )  # fmt: skip
         entry = tl.load(list_ptr + (step + 1) // SUB_N, mask=step + 1 < last, other=0)
 
@@ -259,7 +263,7 @@ def attend_bwd_dq_kernel(
             k_tile = load_rows(k, keys, stride_kn, S, HEAD_DIM, BLOCK_D, True)
             v_tile = load_rows(v, keys, stride_vn, S, VALUE_DIM, BLOCK_DV, True)
             acc = add_dq(
-                acc, q_tile, do_tile, lse_log2, delta_m, offs_m, k_tile, v_tile, keys,
-                (step + 1) * BLOCK_C > unmasked, L, S, scale_log2, IS_CAUSAL, PRECISION,
+                acc, q_tile, do_tile, lse_m, delta_m, offs_m, k_tile, v_tile, keys,
+                (step + 1) * BLOCK_C > unmasked, L, S, factor, IS_CAUSAL, PRECISION,
             )  # fmt: skip
     store_rows(dq, offs_m, stride_dqm, L, acc * scale, HEAD_DIM, BLOCK_D)

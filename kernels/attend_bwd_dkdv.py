@@ -7,16 +7,17 @@ with atomics, in no fixed order, from which the block kernel starts.
 import triton
 import triton.language as tl
 
-from sparse_attn.kernels.attend_bwd import load_lse_log2
+from sparse_attn.kernels.attend_bwd import load_lse
 from sparse_attn.kernels.softmax import (
-    LOG2_E,
     gathered_keys,
     list_group,
     load_rows,
     load_tile,
     matmul,
     member_rows,
+    power,
     program_place,
+    score_factor,
     store_rows,
 )
 
@@ -29,7 +30,7 @@ def add_dkdv(
     v,  # [BLOCK_N, BLOCK_DV]
     q,  # [BLOCK_M, BLOCK_D]
     do,  # [BLOCK_M, BLOCK_DV]
-    lse_log2,  # [BLOCK_M], +inf for queries that take no part
+    row_lse,  # [BLOCK_M], +inf for queries that take no part
     delta,  # [BLOCK_M]
     keys,  # [BLOCK_N]
     queries,  # [BLOCK_M]
@@ -37,14 +38,15 @@ def add_dkdv(
     masked,
     L,
     S,
-    scale_log2,
+    factor,
     MERGED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What one tile of queries adds to dk and dv of one tile of keys."""
     s = matmul(k, tl.trans(q), None, PRECISION)
     dp = matmul(v, tl.trans(do), None, PRECISION)  # here, so that it runs under the exponentials
-    p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+    NATURAL: tl.constexpr = k.dtype == tl.float32
+    p = power(s * factor - row_lse[None, :], NATURAL)
     if MERGED:
         p = tl.where(member[:, None], p, 0.0)
     if masked:
@@ -148,7 +150,8 @@ def attend_bwd_dkdv_kernel(
     v += batch.to(tl.int64) * stride_vb + kv_head.to(tl.int64) * stride_vh
     dk += batch.to(tl.int64) * stride_dkb + kv_head.to(tl.int64) * stride_dkh
     dv += batch.to(tl.int64) * stride_dvb + kv_head.to(tl.int64) * stride_dvh
-    scale_log2 = scale * LOG2_E
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    factor = score_factor(scale, NATURAL)
     k_tile = load_rows(k, keys, stride_kn, S, HEAD_DIM, BLOCK_D, True)
     v_tile = load_rows(v, keys, stride_vn, S, VALUE_DIM, BLOCK_DV, True)
     if HAS_COLUMNS:
@@ -189,7 +192,7 @@ def attend_bwd_dkdv_kernel(
                 g_head, grad_out_desc, batch, head, first_query, queries, stride_gm, L,
                 VALUE_DIM, BLOCK_M, BLOCK_DV, True, USE_TMA,
             )  # fmt: skip
-            lse_log2 = load_lse_log2(lse_head, queries, L)
+            row_lse = load_lse(lse_head, queries, L, NATURAL)
             delta_m = tl.load(delta_head + queries, mask=queries < L, other=0.0)
             member = member_rows(entry, BLOCK_N, KEY_BLOCK) if MERGED else True
             masked = False
@@ -200,8 +203,8 @@ def attend_bwd_dkdv_kernel(
                 attended = tl.load(kept_head + block.to(tl.int64) * Sb) > 0
             if attended:
                 acc_k, acc_v = add_dkdv(
-                    acc_k, acc_v, k_tile, v_tile, q_tile, do_tile, lse_log2, delta_m, keys, queries,
-                    member, masked, L, S, scale_log2, MERGED, PRECISION,
+                    acc_k, acc_v, k_tile, v_tile, q_tile, do_tile, row_lse, delta_m, keys, queries,
+                    member, masked, L, S, factor, MERGED, PRECISION,
                 )  # fmt: skip
             entry = tl.load(list_ptr + (step + 1) // SUB_M, mask=step + 1 < last, other=0)
     store_rows(dk, keys, stride_dkn, S, acc_k * scale, HEAD_DIM, BLOCK_D)
@@ -268,7 +271,8 @@ def attend_bwd_columns_kernel(
     lse += batch_head.to(tl.int64) * L
     delta += batch_head.to(tl.int64) * L
     kv_row = (batch.to(tl.int64) * (Hq // gqa_group) + kv_head) * S
-    scale_log2 = scale * LOG2_E
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    factor = score_factor(scale, NATURAL)
 
     start = tl.load(column_offsets + group * column_rows + column_row)
     count = (tl.load(column_offsets + group * column_rows + column_row + 1) - start).to(tl.int32)
@@ -284,11 +288,11 @@ def attend_bwd_columns_kernel(
             rows = begin + tl.arange(0, BLOCK_M)
             q_tile = load_rows(q, rows, stride_qm, L, HEAD_DIM, BLOCK_D, True)
             do_tile = load_rows(grad_out, rows, stride_gm, L, VALUE_DIM, BLOCK_DV, True)
-            lse_log2 = load_lse_log2(lse, rows, last_query)
+            row_lse = load_lse(lse, rows, last_query, NATURAL)
             delta_m = tl.load(delta + rows, mask=rows < L, other=0.0)
             acc_k, acc_v = add_dkdv(
-                acc_k, acc_v, k_tile, v_tile, q_tile, do_tile, lse_log2, delta_m, keys, rows,
-                True, IS_CAUSAL, L, S, scale_log2, False, PRECISION,
+                acc_k, acc_v, k_tile, v_tile, q_tile, do_tile, row_lse, delta_m, keys, rows,
+                True, IS_CAUSAL, L, S, factor, False, PRECISION,
             )  # fmt: skip
         offs_d = tl.arange(0, BLOCK_D)
         offs_dv = tl.arange(0, BLOCK_DV)

@@ -11,14 +11,15 @@ import triton.language as tl
 
 from sparse_attn.kernels.softmax import (
     LN_2,
-    LOG2_E,
     gathered_keys,
     list_group,
     load_rows,
     load_tile,
     matmul,
     member_rows,
+    power,
     program_place,
+    score_factor,
     store_rows,
 )
 
@@ -34,17 +35,26 @@ def hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL: tl.constexpr):
 
 @triton.jit
 def update_softmax(
-    acc, l_i, m_i, s, v_tile, scale_log2, member, MERGED: tl.constexpr, PRECISION: tl.constexpr
+    acc,
+    l_i,
+    m_i,
+    s,
+    v_tile,
+    factor,
+    member,
+    NATURAL: tl.constexpr,
+    MERGED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """One step of the online softmax. acc [BLOCK_M, BLOCK_DV], l_i and m_i (base 2) [BLOCK_M], fp32."""
-    m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    """One step of the online softmax. acc [BLOCK_M, BLOCK_DV], l_i and m_i (an exponent) [BLOCK_M], fp32."""
+    m_new = tl.maximum(m_i, tl.max(s, 1) * factor)
     if MERGED:  # queries whose own block does not list this key block keep their state
         m_new = tl.where(member, m_new, m_i)
-    m_used = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0) = 0
-    alpha = tl.exp2(m_i - m_used)
+    m_used = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: power(-inf - 0) = 0
+    alpha = power(m_i - m_used, NATURAL)
     if MERGED:
         m_used = tl.where(member, m_used, float("inf"))
-    p = tl.exp2(s * scale_log2 - m_used[:, None])
+    p = power(s * factor - m_used[:, None], NATURAL)
     l_i = l_i * alpha + tl.sum(p, 1)
     acc = matmul(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], PRECISION)
     return acc, l_i, m_new
@@ -70,7 +80,7 @@ def visit_blocks(
     last,
     L,
     S,
-    scale_log2,
+    factor,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,6 +90,7 @@ def visit_blocks(
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
     MERGED: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -127,7 +138,7 @@ def visit_blocks(
             USE_TMA,
         )
         member = member_rows(entry, BLOCK_M, QUERY_BLOCK) if MERGED else True
-        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, member, MERGED, PRECISION)
+        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, factor, member, NATURAL, MERGED, PRECISION)
         entry = tl.load(list_ptr + (step + 1) // SUB, mask=step + 1 < last * SUB, other=0)
     return acc, l_i, m_i
 
@@ -152,8 +163,8 @@ def visit_blocks_with_skip(
     last,
     L,
     S,
-    scale_log2,
-    limit,  # log2 of lambda
+    factor,
+    limit,  # log of lambda, in the base of the exponents
     kept,  # row of [Sb] uint8
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -162,6 +173,7 @@ def visit_blocks_with_skip(
     BLOCK_DV: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
     WANT_KEPT: tl.constexpr,
     USE_TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -227,12 +239,14 @@ def visit_blocks_with_skip(
             )  # fmt: skip
 
         # -- the vote: one scalar branch; padding queries and queries that see no key never dissent
-        tile_max = tile_max * scale_log2
+        tile_max = tile_max * factor
         dissent = (offs_m < L) & (tile_max > -float("inf")) & (tile_max >= m_i + limit)
         if tl.max(dissent.to(tl.int32), 0) > 0:
-            acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, True, False, PRECISION)
+            acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, factor, True, NATURAL, False, PRECISION)
             if SUB == 2:
-                acc, l_i, m_i = update_softmax(acc, l_i, m_i, s2, v_tile2, scale_log2, True, False, PRECISION)
+                acc, l_i, m_i = update_softmax(
+                    acc, l_i, m_i, s2, v_tile2, factor, True, NATURAL, False, PRECISION
+                )
             if WANT_KEPT:
                 tl.store(kept + entry, 1)
         entry = tl.load(list_ptr + step + 1, mask=step + 1 < last, other=0)
@@ -256,13 +270,14 @@ def visit_columns(
     count,
     L,
     S,
-    scale_log2,
+    factor,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    NATURAL: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -275,7 +290,7 @@ def visit_columns(
         if MASKED:
             s = hide_unseen(s, keys, offs_m, L, S, IS_CAUSAL)
         v_tile = load_rows(v, keys, stride_vn, S, VALUE_DIM, BLOCK_DV, MASKED)
-        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, scale_log2, True, False, PRECISION)
+        acc, l_i, m_i = update_softmax(acc, l_i, m_i, s, v_tile, factor, True, NATURAL, False, PRECISION)
     return acc, l_i, m_i
 
 
@@ -324,8 +339,8 @@ def attend_fwd_kernel(
     list_stride_h,
     list_head_div,
     span,
-    scale_log2,
-    SIGN: tl.constexpr,  # of scale; scale_log2 is positive
+    scale,
+    SIGN: tl.constexpr,  # of the caller's scale; the argument is positive
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -345,6 +360,9 @@ def attend_fwd_kernel(
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    NATURAL: tl.constexpr = q.dtype.element_ty == tl.float32
+    factor = score_factor(scale, NATURAL)
+
     # -- which queries, which list
     MERGE: tl.constexpr = BLOCK_M // QUERY_BLOCK if MERGED else 1
     SUB_M: tl.constexpr = 1 if MERGED else QUERY_BLOCK // BLOCK_M
@@ -384,20 +402,20 @@ def attend_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     if HAS_SKIP:
-        limit = tl.load(skip_below + batch * stride_skip_b + head * stride_skip_h) * LOG2_E
+        limit = score_factor(tl.load(skip_below + batch * stride_skip_b + head * stride_skip_h), NATURAL)
         kept += (batch_head.to(tl.int64) * Lb + query_block) * Sb
         acc, l_i, m_i = visit_blocks_with_skip(
             acc, l_i, m_i, q_tile, offs_m, k, v, k_desc, v_desc, batch, kv_head, stride_kn, stride_vn,
-            indices + start, unmasked, visible, L, S, scale_log2, limit, kept,
+            indices + start, unmasked, visible, L, S, factor, limit, kept,
             HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, KEY_BLOCK,
-            IS_CAUSAL, WANT_KEPT, USE_TMA, PRECISION, NUM_STAGES,
+            IS_CAUSAL, NATURAL, WANT_KEPT, USE_TMA, PRECISION, NUM_STAGES,
         )  # fmt: skip
     else:
         acc, l_i, m_i = visit_blocks(
             acc, l_i, m_i, q_tile, offs_m, k, v, k_desc, v_desc, batch, kv_head, stride_kn, stride_vn,
-            indices + start, unmasked, visible, L, S, scale_log2,
+            indices + start, unmasked, visible, L, S, factor,
             HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, QUERY_BLOCK, KEY_BLOCK,
-            IS_CAUSAL, MERGED, USE_TMA, PRECISION, NUM_STAGES,
+            IS_CAUSAL, NATURAL, MERGED, USE_TMA, PRECISION, NUM_STAGES,
         )  # fmt: skip
 
     # -- columns: single keys, gathered; never skipped
@@ -410,12 +428,13 @@ def attend_fwd_kernel(
             acc, l_i, m_i = visit_columns(
                 acc, l_i, m_i, q_tile, offs_m, k, v, stride_kn, stride_vn,
                 column_indices + start, middle if masked else 0, last if masked else middle, visible,
-                L, S, scale_log2, HEAD_DIM, VALUE_DIM, BLOCK_C, BLOCK_D, BLOCK_DV,
-                IS_CAUSAL, masked == 1, PRECISION, NUM_STAGES,
+                L, S, factor, HEAD_DIM, VALUE_DIM, BLOCK_C, BLOCK_D, BLOCK_DV,
+                IS_CAUSAL, NATURAL, masked == 1, PRECISION, NUM_STAGES,
             )  # fmt: skip
 
     # -- normalise; a query without keys gives 0 and -inf
     inverse = 1.0 / tl.where(l_i == 0, 1.0, l_i)
-    row_lse = tl.where(l_i == 0, -float("inf"), (m_i + tl.log2(l_i)) * LN_2)
+    row_lse = m_i + tl.log(l_i) if NATURAL else (m_i + tl.log2(l_i)) * LN_2
+    row_lse = tl.where(l_i == 0, -float("inf"), row_lse)
     store_rows(out, offs_m, stride_om, L, acc * inverse[:, None], VALUE_DIM, BLOCK_DV)
     tl.store(lse + offs_m, row_lse, mask=offs_m < L)

@@ -1,8 +1,10 @@
 """Pieces shared by the forward and backward Triton kernels: addresses, tiles of keys, list walking.
 
-Letters as in `sparse_attn.functional`. Scores live in base 2: `s * scale_log2`, with `scale_log2 =
-scale * LOG2_E`, is log2 of exp(s * scale). A *step* visits one tile of BLOCK_N keys: a listed block of
+Letters as in `sparse_attn.functional`. A *step* visits one tile of BLOCK_N keys: a listed block of
 KEY_BLOCK keys, or a part of one.
+
+Scores of 16-bit inputs live in base 2, `s * factor` with factor = scale * LOG2_E, which saves a product
+an element; those of fp32 inputs in base e (NATURAL), since rounding that factor would cost the last bits.
 """
 
 import os
@@ -23,6 +25,18 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def score_factor(scale, NATURAL: tl.constexpr):
+    """What turns a raw score (given `scale`), or a natural logarithm (given as `scale`), into an exponent."""
+    return scale if NATURAL else scale * LOG2_E
+
+
+@triton.jit
+def power(x, NATURAL: tl.constexpr):
+    """e^x or 2^x."""
+    return tl.exp(x) if NATURAL else tl.exp2(x)
 
 
 @triton.jit

@@ -105,7 +105,7 @@ class TritonEngine:
             *lists, *_column_lists(call), _or(schedule.order, lists[1]), skip,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *skip.stride()[:2],
             B, Hq, call.gqa_group, L, k.shape[2], layout.num_query_blocks, layout.num_key_blocks,
-            *_column_shape(call), *_list_strides(call), _query_span(call), (abs(call.scale) or 1.0) * LOG2_E,
+            *_column_shape(call), *_list_strides(call), _query_span(call), abs(call.scale) or 1.0,
             SIGN=_sign(call.scale), **dims, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             HAS_ORDER=schedule.order is not None, MERGED=merged is not None, HAS_SKIP=skips,
             WANT_KEPT=skips and kept is not None, USE_TMA=use_tma, PRECISION=_precision(q),
@@ -231,9 +231,6 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
             a, b, out, *_strides(a), *_strides(b), H, L, D=D, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4
         )
     return out
-
-
-LOG2_E = 1.4426950408889634
 
 
 def _schedule(call: AttendCall) -> Schedule:
