@@ -210,7 +210,7 @@ def skipping(q, k, case: Case, layout: SparseLayout):
     k = k * strength.repeat_interleave(layout.block_n)[: case.S, None].to(k)
     # Half of the tiles lag far behind the running maximum, the others come near it.
     threshold = torch.rand(q.shape[:2], generator=generator) * 0.2 + 0.1
-    return q * 1.5, k, Plan(layout, threshold.log().to(q.device))
+    return q * 2, k, Plan(layout, threshold.log().to(q.device))
 
 
 @by_id(SKIPS)
