@@ -376,3 +376,8 @@ def test_compiles_into_one_graph_with_its_layout(grad):
     if grad:
         found, wanted = (torch.autograd.grad(x.sum(), q)[0] for x in (out, expected))
         assert torch.equal(found, wanted)
+
+
+def test_names_may_be_written_as_in_the_paper():
+    assert parse_pattern("multi-diagonal:64t") == parse_pattern("multi_diagonal:64t")
+    assert parse_pattern({"pattern": "vertical-stripe"}) == parse_pattern("vertical_stripe")

@@ -249,7 +249,8 @@ def parse_pattern(spec: Pattern | str | Mapping[str, Any]) -> Pattern:
         return spec
     if isinstance(spec, Mapping):
         settings = dict(spec)
-        return _make(settings.pop("pattern", None), settings, spec)
+        name = settings.pop("pattern", None)
+        return _make(_plain(name) if isinstance(name, str) else name, settings, spec)
     if not isinstance(spec, str):
         raise ValueError(
             f"vdit_attention: pattern {spec!r} is {type(spec).__name__}; pass a Pattern, a string or a dict."
@@ -257,7 +258,13 @@ def parse_pattern(spec: Pattern | str | Mapping[str, Any]) -> Pattern:
     if "+" in spec:
         return Union(tuple(parse_pattern(part) for part in spec.split("+")))
     name, _, rest = spec.strip().partition(":")
+    name = _plain(name)
     return _make(name, _read_settings(name, rest, spec) if name in PATTERNS else {}, spec)
+
+
+def _plain(name: str) -> str:
+    """The paper writes "multi-diagonal"; so may a user."""
+    return name.replace("-", "_")
 
 
 def _make(name: Any, settings: dict[str, Any], spec: Any) -> Pattern:
