@@ -74,7 +74,7 @@ __device__ __forceinline__ void store_tile(const AttendFwdParams& p, const Tile&
 
 template <typename Element, int HEAD_DIM, int KEY_BLOCK>
 __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<Element, HEAD_DIM>& shared) {
-  const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
   const bool elected = threadIdx.x % 128 == 0;
   const Element* q = shared.q + group * 64 * kChunk;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 
   for (int turn = 0;; ++turn) {
     mbarrier_wait(&shared.tile_full[turn & 1], (turn >> 1) & 1);
-    const int item = shared.tile[turn & 1];
+    const int item = uniform(shared.tile[turn & 1]);
     mbarrier_arrive(&shared.tile_empty[turn & 1]);
     if (item >= p.num_items) return;
     const Tile tile(p, item);

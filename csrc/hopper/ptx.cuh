@@ -88,6 +88,10 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// The same value in every lane, said so that the compiler keeps it, and all that follows from it, in uniform
+// registers: matrix descriptors live there.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
 // Costs nothing: tells the compiler that registers change here, so that it moves no use of them across.
 template <int N>
 __device__ __forceinline__ void pin(float (&registers)[N]) {

@@ -47,8 +47,8 @@ struct Stages {
 
   __device__ Stages(const AttendFwdParams& p, int64_t row) {
     list = p.indices + p.offsets[row];
-    const int unmasked = p.bounds[row * 2];
-    visible = p.bounds[row * 2 + 1];
+    const int unmasked = uniform(p.bounds[row * 2]);
+    visible = uniform(p.bounds[row * 2 + 1]);
     count = (visible + kEntries - 1) / kEntries;
     masked = count - unmasked / kEntries;
   }
