@@ -44,17 +44,18 @@ template <int KEY_BLOCK>
 __device__ __forceinline__ void mask_tile(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
                                           const Stages<KEY_BLOCK>& stages, int stage, int query, int lane) {
   const int first = stages.first_entry(stage);
+  int end[2];  // of the keys that this thread's two queries may see
 #pragma unroll
-  for (int j = 0; j < BLOCK_N / 8; ++j) {
-    const int slot = j * 8 / KEY_BLOCK;
+  for (int r = 0; r < 2; ++r) end[r] = p.is_causal ? min(p.S, query + 8 * r + p.S - p.L + 1) : p.S;
+#pragma unroll
+  for (int slot = 0; slot < Stages<KEY_BLOCK>::kEntries; ++slot) {
     const int block = first + slot < stages.visible ? stages.list[first + slot] : p.num_key_blocks;
-    const int key = block * KEY_BLOCK + j * 8 % KEY_BLOCK + (lane % 4) * 2;
+    const int key = block * KEY_BLOCK + (lane % 4) * 2;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int column = key + (e & 1), row = query + (e >> 1) * 8;
-      const int end = p.is_causal ? min(p.S, row + p.S - p.L + 1) : p.S;
-      if (column >= end) s[4 * j + e] = -INFINITY;
-    }
+    for (int j = 0; j < KEY_BLOCK / 8; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (key + j * 8 + (e & 1) >= end[e >> 1]) s[4 * (slot * KEY_BLOCK / 8 + j) + e] = -INFINITY;
   }
 }
 
