@@ -35,11 +35,11 @@ __device__ __forceinline__ void multiply_pv(float (&o)[HEAD_DIM / 2], const uint
 
 // Normalise, and write the rows of one warpgroup through shared memory in 16-byte pieces.
 template <typename Element, int HEAD_DIM>
-__device__ __forceinline__ void store_tile(const AttendFwdParams& p, const Tile& tile, float (&o)[HEAD_DIM / 2],
+__device__ __forceinline__ void store_tile(const AttendFwdParams& p, const Work& work, float (&o)[HEAD_DIM / 2],
                                            SoftmaxState& state, Element* shared_o, int group, bool is_empty) {
   const int thread = threadIdx.x % 128, lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4;  // and row + 8
-  const int first_query = tile.query_block * BLOCK_M + group * 64;
+  const int first_query = work.query_block * BLOCK_M + group * 64;
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_tile(const AttendFwdParams& p, const Tile&
     const int query = first_query + row + 8 * r;
     if (lane % 4 == 0 && query < p.L) {
       const float lse = sum == 0.f ? -INFINITY : state.maximum[r] * p.scale + logf(sum);
-      p.lse[(int64_t(tile.batch) * p.q_heads + tile.head) * p.L + query] = lse;
+      p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
     }
   }
 #pragma unroll
@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_tile(const AttendFwdParams& p, const Tile&
   named_sync(3 + group, 128);
   constexpr int kPieces = HEAD_DIM / 8, kRowsAtOnce = 128 / kPieces;
   const int piece = thread % kPieces;
-  Element* out = static_cast<Element*>(p.out) + tile.batch * p.out_stride_b + tile.head * p.out_stride_h;
+  Element* out = static_cast<Element*>(p.out) + work.batch * p.out_stride_b + work.head * p.out_stride_h;
 #pragma unroll
   for (int r = thread / kPieces; r < 64; r += kRowsAtOnce) {
     const int query = first_query + r;
@@ -87,15 +87,13 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   if (group == 1) named_arrive(1, kConsumers);
 
   for (int turn = 0;; ++turn) {
-    mbarrier_wait(&shared.tile_full[turn & 1], (turn >> 1) & 1);
-    const int item = uniform(shared.tile[turn & 1]);
-    mbarrier_arrive(&shared.tile_empty[turn & 1]);
-    if (item >= p.num_items) return;
-    const Tile tile(p, item);
-    const Stages<KEY_BLOCK> stages(p, tile.row);
-    const int query = tile.query_block * BLOCK_M + group * 64 + row;
+    mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
+    const Work work = read_work(shared.work[turn & 1]);
+    mbarrier_arrive(&shared.work_empty[turn & 1]);
+    if (work.is_last) return;
+    const int query = work.query_block * BLOCK_M + group * 64 + row;
     mbarrier_wait(&shared.q_full, turn & 1);
-    if (stages.count > 0) {
+    if (work.count > 0) {
       int i = 0;
       auto stage = [&](int n) { return (step + n) % kStages; };
       auto phase = [&](int n) { return ((step + n) / kStages) & 1; };
@@ -104,7 +102,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       wgmma_wait<0>();
       pin(s);
       if (elected) mbarrier_arrive(&shared.k_empty[stage(0)]);
-      if (stages.masked > 0) mask_tile<KEY_BLOCK>(s, p, stages, 0, query, lane);
+      if (work.masked > 0) mask_tile<KEY_BLOCK>(s, p, work, 0, query, lane);
       softmax_tile<true, true>(s, state, rescale, p.scale_log2);
       pack_tile<Element>(probabilities, s);
 #pragma unroll
@@ -121,7 +119,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         wgmma_wait<1>();
         pin(s);
         if (elected) mbarrier_arrive(&shared.k_empty[stage(i)]);
-        if constexpr (kMasked) mask_tile<KEY_BLOCK>(s, p, stages, i, query, lane);
+        if constexpr (kMasked) mask_tile<KEY_BLOCK>(s, p, work, i, query, lane);
         softmax_tile<false, kMasked>(s, state, rescale, p.scale_log2);
         // A test that never fires keeps the exponentials here, while the matrix unit works on P V:
         // left alone, ptxas moves the wait above them.
@@ -134,9 +132,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         if (__any_sync(0xffffffff, rescale[0] != 1.f || rescale[1] != 1.f)) rescale_output<HEAD_DIM>(o, rescale);
       };
 #pragma unroll 1
-      for (i = 1; i < stages.masked; ++i) visit(True{});
+      for (i = 1; i < work.masked; ++i) visit(True{});
 #pragma unroll 1
-      for (; i < stages.count; ++i) visit(False{});
+      for (; i < work.count; ++i) visit(False{});
 
       if (elected) mbarrier_arrive(&shared.q_empty);
       mbarrier_wait(&shared.v_full[stage(i - 1)], phase(i - 1));
@@ -149,8 +147,8 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 #pragma unroll
       for (int j = 0; j < HEAD_DIM / 2; ++j) o[j] = 0.f;
     }
-    store_tile<Element, HEAD_DIM>(p, tile, o, state, shared.o + group * 64 * HEAD_DIM, group, stages.count == 0);
-    step += stages.count;
+    store_tile<Element, HEAD_DIM>(p, work, o, state, shared.o + group * 64 * HEAD_DIM, group, work.count == 0);
+    step += work.count;
   }
 }
 
@@ -170,8 +168,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(&shared.v_empty[s], 2);
     }
     for (int s = 0; s < 2; ++s) {
-      mbarrier_init(&shared.tile_full[s], 1);
-      mbarrier_init(&shared.tile_empty[s], kConsumers);
+      mbarrier_init(&shared.work_full[s], 1);
+      mbarrier_init(&shared.work_empty[s], kConsumers);
     }
     mbarrier_init_fence();
     prefetch_tensor_map(&map_q);

@@ -42,14 +42,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
 // Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no listed block.
 template <int KEY_BLOCK>
 __device__ __forceinline__ void mask_tile(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
-                                          const Stages<KEY_BLOCK>& stages, int stage, int query, int lane) {
-  const int first = stages.first_entry(stage);
+                                          const Work& work, int stage, int query, int lane) {
+  const int32_t* list = p.indices + work.list;
+  const int first = work.first_entry<KEY_BLOCK>(stage);
   int end[2];  // of the keys that this thread's two queries may see
 #pragma unroll
   for (int r = 0; r < 2; ++r) end[r] = p.is_causal ? min(p.S, query + 8 * r + p.S - p.L + 1) : p.S;
 #pragma unroll
-  for (int slot = 0; slot < Stages<KEY_BLOCK>::kEntries; ++slot) {
-    const int block = first + slot < stages.visible ? stages.list[first + slot] : p.num_key_blocks;
+  for (int slot = 0; slot < BLOCK_N / KEY_BLOCK; ++slot) {
+    const int block = first + slot < work.visible ? list[first + slot] : p.num_key_blocks;
     const int key = block * KEY_BLOCK + (lane % 4) * 2;
 #pragma unroll
     for (int j = 0; j < KEY_BLOCK / 8; ++j)
