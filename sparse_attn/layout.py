@@ -13,6 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from sparse_attn import layout_bounds
 from sparse_attn.index_list import IndexList
 
 
@@ -306,11 +307,13 @@ class SparseLayout:
     def block_bounds(self, is_causal: bool) -> Tensor:
         """int32 [B'*H'*Lb, 2]: of each row, how many leading blocks need no mask, and how many are
         visible at all. Cached."""
-        return self._cached(("block_bounds", is_causal), lambda: self._block_bounds(is_causal))
+        return self._cached(("block_bounds", is_causal), lambda: layout_bounds.block_bounds(self, is_causal))
 
     def column_bounds(self, is_causal: bool) -> Tensor:
         """int32 [B'*H'*Lb, 2], as `block_bounds`, for the columns that each query block reads."""
-        return self._cached(("column_bounds", is_causal), lambda: self._column_bounds(is_causal))
+        return self._cached(
+            ("column_bounds", is_causal), lambda: layout_bounds.column_bounds(self, is_causal)
+        )
 
     def transposed(self) -> IndexList:
         """Key block -> query blocks: rows = B' * H' * Sb. Cached."""
@@ -321,7 +324,7 @@ class SparseLayout:
         """int32 [B'*H'*Sb, 2]: of each transposed row, the first entry that sees any key of the
         block, and the first whose queries all see all of its keys. Cached."""
         key = ("transposed_bounds", is_causal)
-        return self._cached(key, lambda: self._transposed_bounds(is_causal))
+        return self._cached(key, lambda: layout_bounds.transposed_bounds(self, is_causal))
 
     def _cached(self, key, build):
         if key in self._cache:
@@ -332,55 +335,6 @@ class SparseLayout:
         if not torch.compiler.is_exporting():  # `torch.export` builds tensors without data
             self._cache[key] = value
         return value
-
-    def _query_range(self) -> tuple[Tensor, Tensor]:
-        """Key position that the first and the last query of each block are aligned with: [Lb]."""
-        first = torch.arange(self.num_query_blocks, device=self.device) * self.block_m
-        last = (first + self.block_m - 1).clamp(max=self.L - 1)
-        return first + self.S - self.L, last + self.S - self.L
-
-    def _block_bounds(self, is_causal: bool) -> Tensor:
-        row = torch.arange(self.blocks.rows, device=self.device)
-        unmasked_below = torch.full_like(row, self.S // self.block_n)
-        visible_below = torch.full_like(row, self.num_key_blocks)
-        if is_causal:
-            first, last = (x.repeat(self.batch * self.heads) for x in self._query_range())
-            whole = torch.div(first + 1, self.block_n, rounding_mode="floor")
-            some = torch.div(last, self.block_n, rounding_mode="floor") + 1
-            unmasked_below, visible_below = unmasked_below.minimum(whole), visible_below.minimum(some)
-        width = self.num_key_blocks
-        pair = [self.blocks.lower_bound(row, x, width) for x in (unmasked_below, visible_below)]
-        return torch.stack(pair, -1).to(torch.int32)
-
-    def _column_bounds(self, is_causal: bool) -> Tensor:
-        assert self.columns is not None
-        row = self._column_row()
-        if not is_causal:
-            length = self.columns.lengths[row]
-            return torch.stack([length, length], -1).to(torch.int32)
-        first, last = (x.repeat(self.batch * self.heads) for x in self._query_range())
-        pair = [self.columns.lower_bound(row, x + 1, self.S) for x in (first, last)]
-        return torch.stack(pair, -1).to(torch.int32)
-
-    def _column_row(self) -> Tensor:
-        """int64 [B'*H'*Lb]: the column row that each query block reads."""
-        assert self.columns is not None
-        Lb, group = self.num_query_blocks, self.columns.group
-        head = torch.arange(self.batch * self.heads, device=self.device)[:, None] * ceil(Lb / group)
-        return (head + torch.arange(Lb, device=self.device) // group).flatten()
-
-    def _transposed_bounds(self, is_causal: bool) -> Tensor:
-        lists = self.transposed()
-        row = torch.arange(lists.rows, device=self.device)
-        if not is_causal:
-            return torch.zeros(lists.rows, 2, dtype=torch.int32, device=self.device)
-        key_block = row % self.num_key_blocks
-        first_key = key_block * self.block_n - (self.S - self.L)
-        last_key = (key_block * self.block_n + self.block_n - 1).clamp(max=self.S - 1) - (self.S - self.L)
-        some_from = torch.div(first_key.clamp(min=0), self.block_m, rounding_mode="floor")
-        all_from = torch.div(last_key + self.block_m - 1, self.block_m, rounding_mode="floor")
-        pair = [lists.lower_bound(row, x, self.num_query_blocks) for x in (some_from, all_from)]
-        return torch.stack(pair, -1).to(torch.int32)
 
     # -- views ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
+from sparse_attn.layout_bounds import query_range
 
 if TYPE_CHECKING:
     from sparse_attn.engines.base import AttendCall
@@ -133,7 +134,7 @@ def _merge_queries(layout: SparseLayout, causal: bool, order: Tensor, merge: int
     whole = torch.full_like(members, layout.S // layout.block_n)
     some = torch.full_like(members, layout.num_key_blocks)
     if causal:
-        first, last = layout._query_range()
+        first, last = query_range(layout)
         first, last = first[members], last[members]
         whole = whole.minimum(torch.div(first + 1, layout.block_n, rounding_mode="floor"))
         some = some.minimum(torch.div(last, layout.block_n, rounding_mode="floor") + 1)

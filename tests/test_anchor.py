@@ -8,6 +8,7 @@ from references.anchor import anchor
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_attn as sa
+from sparse_attn import layout_bounds
 from sparse_attn.methods import METHODS
 from sparse_attn.methods import anchor_select as portable
 from sparse_attn.methods.anchor import AnchorConfig, select
@@ -221,8 +222,8 @@ def test_bounds_set_ahead_are_what_the_layout_would_find(case):
     case = dict(Hq=2, Hkv=2) | SMALL | case
     q, k, _ = make(2, case["Hq"], case["Hkv"], case["L"], case["S"])
     layout = plan_of(q, k, theta=5.0, **{name: case[name] for name in SMALL}).layout
-    assert torch.equal(layout.block_bounds(True), layout._block_bounds(True))
-    assert torch.equal(layout.column_bounds(True), layout._column_bounds(True))
+    assert torch.equal(layout.block_bounds(True), layout_bounds.block_bounds(layout, True))
+    assert torch.equal(layout.column_bounds(True), layout_bounds.column_bounds(layout, True))
     regions = AnchorRegions(case["L"], case["S"], *(case[name] for name in SMALL))
     columns = plan_of(q, k, theta=math.inf, **{name: case[name] for name in SMALL}).layout.columns
     assert columns.offsets[-1] == regions.offered * 2 * case["Hq"]

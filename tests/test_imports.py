@@ -136,12 +136,21 @@ def test_import_leaves_torch_alone():
 
 # Floors from the ground up. A module may import its own floor and those below.
 FLOORS = (
-    ("version", "index_list", "layout", "layout_stats", "layout_convert", "plan", "schedule"),
+    (
+        "version",
+        "index_list",
+        "layout",
+        "layout_bounds",
+        "layout_stats",
+        "layout_convert",
+        "plan",
+        "schedule",
+    ),
     ("build", "library", "kernels", "engines"),
     ("checks", "ops", "attend"),
     ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
-    ("functional",),
+    ("functional", "varlen", "varlen_checks"),
     ("recipe", "search", "integrations", "info", "bench", "demo"),
     ("cli",),
 )
