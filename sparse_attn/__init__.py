@@ -1,5 +1,7 @@
 """Sparse attention for PyTorch: five published methods, one layout, several engines."""
 
+from typing import TYPE_CHECKING, Any
+
 from sparse_attn.attend import attend
 from sparse_attn.engines import use_engine
 from sparse_attn.functional import (
@@ -18,6 +20,12 @@ from sparse_attn.plan import Plan
 from sparse_attn.reuse import LayoutCache
 from sparse_attn.version import __version__
 
+if TYPE_CHECKING:
+    from sparse_attn.integrations.patching import explain as explain
+    from sparse_attn.integrations.patching import patch as patch
+    from sparse_attn.integrations.patching import patched as patched
+    from sparse_attn.integrations.patching import unpatch as unpatch
+
 __all__ = [
     "LayoutCache",
     "Plan",
@@ -35,3 +43,23 @@ __all__ = [
     "use_engine",
     "vdit_attention",
 ]
+
+# Adapters, imported when first named: they may need packages that `import sparse_attn` must not.
+_LAZY = {
+    "explain": "patching",
+    "patch": "patching",
+    "patched": "patching",
+    "unpatch": "patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.integrations.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -16,13 +16,17 @@ What is sparse and what is not, without exceptions that stay silent:
 * decode steps (one query) are dense, or follow the method with `decode="sparse"`;
 * any other mask (padding in bidirectional attention, packed sequences, sliding windows, static caches, a
   4-D mask of the user's own) is honoured by dense attention under that mask, with a warning, or refused
-  with `on_mask="error"`.
+  with `on_mask="error"`;
+* attention that is not plain softmax (softcap, sinks, position bias) runs the model's own eager code.
+
+`sparse_attn.patch` builds on this: settings by layer, and a table that says all this of one model.
 
 transformers is imported when one of these functions is called, not before.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,15 +51,28 @@ class DenseFallbackWarning(UserWarning):
 
 @dataclass(frozen=True, eq=False)
 class _Setting:
-    """What the attention layers of one model do."""
+    """What an attention layer does.
 
-    attention: AttentionFunction
+    Attributes:
+        attention: None is dense under the layer's own mask.
+        method, config: what `attention` runs, for those who ask; config is None of a function.
+        window: keys a query of a sliding-window layer sees; a mask it explains is no surprise to warn of.
+        reason: why the layer does not run what was asked for the model; empty where it does.
+    """
+
+    attention: AttentionFunction | None
     decode: str
     on_mask: str
+    method: str = "function"
+    config: Any = None
+    window: int | None = None
+    reason: str = ""
 
 
 _settings: WeakKeyDictionary[nn.Module, _Setting] = WeakKeyDictionary()
 _previous: WeakKeyDictionary[nn.Module, list[tuple[Any, str]]] = WeakKeyDictionary()
+# Attention layers whose keys a cache of ours has just taken: that cache runs the attention of the call.
+_pending: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def enable(
@@ -90,7 +107,8 @@ def enable(
     ):
         if value not in allowed:
             raise ValueError(f"enable: {name} is {value!r}; use {allowed[0]!r} or {allowed[1]!r}.")
-    setting = _Setting(_attention_function(method, config, engine, options), decode, on_mask)
+    attention, config = _attention_function("enable", method, config, engine, options)
+    setting = _Setting(attention, decode, on_mask, method if isinstance(method, str) else "function", config)
     _register()
     if model not in _previous:
         _switch(model)
@@ -125,28 +143,27 @@ def patched(
 
 
 def _attention_function(
-    method: str | AttentionFunction, config: Any, engine: str | None, options: dict[str, Any]
-) -> AttentionFunction:
+    op: str, method: str | AttentionFunction, config: Any, engine: str | None, options: dict[str, Any]
+) -> tuple[AttentionFunction, Any]:
+    """The function that layers call, and the method's validated config (None of a function)."""
     if callable(method):
         if config is not None or options or engine is not None:
             raise ValueError(
-                "enable: config, engine and options belong to a method's name, not to a function."
+                f"{op}: config, engine and options belong to a method's name, not to a function."
             )
-        return method
+        return method, None
     if method not in METHODS:
-        raise ValueError(f"enable: unknown method {method!r}; choose one of {', '.join(METHODS)}.")
+        raise ValueError(f"{op}: unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     chosen = METHODS[method]
     if config is not None and options:
-        raise ValueError("enable: pass either config or its fields as options, not both.")
+        raise ValueError(f"{op}: pass either config or its fields as options, not both.")
     if config is None:
         try:
             config = chosen.config(**options)
         except TypeError as error:  # an option that the config class does not have
-            raise ValueError(f"enable: {method}: {error}") from error
+            raise ValueError(f"{op}: {method}: {error}") from error
     if not isinstance(config, chosen.config):
-        raise ValueError(
-            f"enable: config is {type(config).__name__}; {method} takes {chosen.config.__name__}."
-        )
+        raise ValueError(f"{op}: config is {type(config).__name__}; {method} takes {chosen.config.__name__}.")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
         return run(
@@ -154,7 +171,7 @@ def _attention_function(
             context=Context(layer=layer),
         ).out  # fmt: skip
 
-    return attention
+    return attention, config
 
 
 def _register() -> None:
@@ -176,12 +193,17 @@ def _switch(model: nn.Module) -> None:
     parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = list({id(config): config for config in parts}.values())
     before = [(config, config._attn_implementation) for config in configs]
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
-        raise ValueError(
-            f"enable: {type(model).__name__} does not use transformers' AttentionInterface, so its attention "
-            "cannot be replaced from outside; call the sparse_attn operators in its own code."
-        )
+    try:
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(
+                f"enable: {type(model).__name__} does not use transformers' AttentionInterface, so its "
+                "attention cannot be replaced from outside; call the sparse_attn operators in its own code."
+            )
+    except BaseException:  # parts of the model may have switched already
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        raise
     _previous[model] = before
 
 
@@ -259,33 +281,60 @@ def attention_forward(
             f"attn_implementation={NAME!r} needs a method: call sparse_attn.integrations.transformers.enable("
             "model, 'blasst', ...) on this very model (a copy of an enabled model has to be enabled again)."
         )
-    _refuse_extras(dropout, kwargs)
+    if dropout:
+        raise ValueError(
+            f"{NAME}: dropout is {dropout}; set attention_dropout=0. Or use another attn_implementation."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(module, "layer_idx", None) or 0
+    chosen = setting.attention
+    extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if extras:
+        return _eager(module, query, key, value, attention_mask, causal, scale, extras, kwargs), None
 
     def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return setting.attention(q, k, v, layer=layer, is_causal=causal, scale=scale)
+        assert chosen is not None
+        return chosen(q, k, v, layer=layer, is_causal=causal, scale=scale)
 
-    if query.shape[2] == 1 and setting.decode == "dense":
+    if _pending and (cached := _pending.pop(module, None)) is not None:
+        out = cached.attend(query, key, value, attention_mask, sparse, scale)
+    elif chosen is None or (query.shape[2] == 1 and setting.decode == "dense"):
         out = _dense(query, key, value, attention_mask, causal, scale)
     elif attention_mask is None:
         out = sparse(query, key, value)
     elif causal and attention_mask.dim() == 2 and (spans := _real_tokens(attention_mask)) is not None:
         out = _each_sequence(sparse, query, key, value, spans)
     else:
-        _fall_back(setting, attention_mask)
+        _fall_back(setting, attention_mask, key.shape[2])
         out = _dense(query, key, value, attention_mask, causal, scale)
     return out.transpose(1, 2), None
 
 
-def _refuse_extras(dropout: float, kwargs: dict[str, Any]) -> None:
-    problems = [f"dropout is {dropout}; set attention_dropout=0"] if dropout else []
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            problems.append(f"{name} is set; this model's attention is not plain softmax")
-    if problems:
-        raise ValueError(f"{NAME}: " + "; ".join(problems) + ". Or use another attn_implementation.")
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    extras: list[str],
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The model's own attention, for what is not plain softmax. Forms the L x S matrix, as it does."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise ValueError(
+            f"{NAME}: {', '.join(extras)} is set, so this model's attention is not plain softmax, and "
+            f"{type(module).__name__} has no eager_attention_forward to run it; use another "
+            "attn_implementation."
+        )
+    visible = _visible(query.shape[2], key.shape[2], mask, causal, query.device)
+    if visible is not None and visible.dtype == torch.bool:
+        hidden = torch.finfo(query.dtype).min
+        visible = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, hidden)
+    return own(module, query, key, value, visible, dropout=0.0, scaling=scale, **kwargs)[0]
 
 
 def _real_tokens(padding: Tensor) -> list[tuple[int, int]] | None:
@@ -321,27 +370,36 @@ def _each_sequence(
     return out
 
 
-def _fall_back(setting: _Setting, mask: Tensor) -> None:
+def _fall_back(setting: _Setting, mask: Tensor, key_length: int) -> None:
     if mask.dim() == 2:
         what = "padding in bidirectional attention, or with holes inside a sequence,"
     else:
         what = f"a {tuple(mask.shape)} mask (packed sequences, a window, a static cache or your own)"
     if setting.on_mask == "error":
         raise ValueError(f"{NAME}: {what} is not covered; pass plain causal input or use on_mask='dense'.")
+    if setting.window is not None and mask.dim() == 4 and key_length > setting.window:
+        return  # the layer's own window, which `explain` names
     message = f"{NAME}: {what} is outside what sparse methods cover; this call ran dense under that mask."
     warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+
+
+def _visible(L: int, S: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+    """A mask of ours with causality and four dimensions (or [L, S]); None where all keys are visible."""
+    if mask is not None and mask.dim() == 4:
+        return mask
+    edge = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L) if causal and L > 1 else None
+    if mask is None:
+        return edge
+    mask = mask[:, None, None, :]
+    return mask if edge is None else mask & edge
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """`scaled_dot_product_attention` under any mask of ours; queries without any key give 0."""
     L, S = q.shape[2], k.shape[2]
-    if mask is not None and mask.dim() == 2:
-        mask = mask[:, None, None, :]
-        if causal and L > 1:
-            mask = mask & torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    elif mask is None and causal and 1 < L != S:  # SDPA's own is_causal is upper-left aligned
-        mask = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    plain_causal = mask is None and causal and L > 1
+    plain_causal = mask is None and causal and L > 1 and L == S  # SDPA's own is_causal is upper-left aligned
+    if not plain_causal:
+        mask = _visible(L, S, mask, causal, q.device)
     return nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
