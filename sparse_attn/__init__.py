@@ -9,6 +9,8 @@ from sparse_attn.functional import (
     blasst_attention,
     s2_attention,
     sparse_attention,
+    sparse_attention_paged,
+    sparse_attention_varlen,
     sparsed_attention,
     vdit_attention,
 )
@@ -39,6 +41,8 @@ __all__ = [
     "blasst_attention",
     "s2_attention",
     "sparse_attention",
+    "sparse_attention_paged",
+    "sparse_attention_varlen",
     "sparsed_attention",
     "use_engine",
     "vdit_attention",

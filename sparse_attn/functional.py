@@ -16,12 +16,15 @@ from sparse_attn.methods.s2 import s2_attention
 from sparse_attn.methods.sparsed import sparsed_attention
 from sparse_attn.methods.vdit import vdit_attention
 from sparse_attn.plan import Plan
+from sparse_attn.varlen import sparse_attention_paged, sparse_attention_varlen
 
 __all__ = [
     "anchor_attention",
     "blasst_attention",
     "s2_attention",
     "sparse_attention",
+    "sparse_attention_paged",
+    "sparse_attention_varlen",
     "sparsed_attention",
     "vdit_attention",
 ]
