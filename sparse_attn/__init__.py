@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparse_attn.integrations.patching import patch as patch
     from sparse_attn.integrations.patching import patched as patched
     from sparse_attn.integrations.patching import unpatch as unpatch
+    from sparse_attn.integrations.s2_cache import S2Cache as S2Cache
 
 __all__ = [
     "LayoutCache",
@@ -50,6 +51,7 @@ __all__ = [
 
 # Adapters, imported when first named: they may need packages that `import sparse_attn` must not.
 _LAZY = {
+    "S2Cache": "s2_cache",
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",
