@@ -12,6 +12,7 @@ COMMANDS = {
     "build": "sparse_attn.build:build_command",
     "demo": "sparse_attn.demo.command:demo_command",
     "bench": "sparse_attn.bench.run:bench_command",
+    "recipe": "sparse_attn.recipe_command:recipe_command",
 }
 
 

@@ -151,7 +151,8 @@ FLOORS = (
     ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
     ("functional", "varlen", "varlen_checks"),
-    ("recipe", "search", "integrations", "info", "bench", "demo"),
+    ("recipe_check", "recipe_files", "recipe_model", "recipe_plan", "recipe_run"),
+    ("recipe", "recipe_command", "search", "integrations", "info", "bench", "demo"),
     ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
