@@ -56,6 +56,7 @@ def core(method: str = "s2", options: dict[str, Any] | None = None, tp=None, cp=
     settings = {name: changes.pop(name) for name in own if name in changes}
     build = {"layer_number": 1, "attn_mask_type": Mask.causal, "attention_type": "self"}
     build |= {name: changes.pop(name) for name in build if name in changes}
+    build |= {name: changes.pop(name) for name in ("k_channels", "v_channels") if name in changes}
     groups = SimpleNamespace(tp=tp or Group(0, 1), cp=cp or Group(0, 1))
     method_config = METHODS[method].config(**(S2 if options is None else options))
     if "config_groups" in changes:
@@ -218,6 +219,14 @@ def test_recompute_gives_the_same_gradients(method, options):
     for a, b in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(a, b)
     assert not module.state_dict()
+
+
+def test_value_heads_of_another_size():
+    """As in multi-latent attention, for which Megatron also names the sizes."""
+    q, k, v = qkv(50, heads=(HEADS, HEADS))
+    module = core(k_channels=DIM, v_channels=8)
+    out = module(q, k, v[..., :8], None).view(50, 2, HEADS, 8)
+    torch.testing.assert_close(out, module(q, k, v, None).view(50, 2, HEADS, DIM)[..., :8])
 
 
 def document_mask(L: int) -> Tensor:
