@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -321,3 +323,43 @@ def test_names_are_lazy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "has no attribute 'nonsense'" in done.stdout
+
+
+# -- training and the page ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["s2", "blasst"])
+def test_training_with_gradient_checkpointing(method: str) -> None:
+    """Recomputed layers run the same sparse attention: gradients equal those without checkpointing."""
+    model, ids = tiny_model().train(), tokens(1, 60)
+    options = {"s2": WINDOW, "blasst": {"threshold": 0.5, "block_m": 16, "block_n": 16}}[method]
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    stock = gradient()
+    with sa.patched(model, method, **options, engine="reference"):
+        plain = gradient()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        again = gradient()
+    scale = plain.abs().max().item()
+    assert error(plain, again) <= 1e-5 * scale
+    assert error(plain, stock) > 1e-3 * scale, "sparse gradients must differ from dense ones"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "integrations_transformers.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_examples_of_the_page_run(number: int, capsys) -> None:
+    exec(compile(EXAMPLES[number], f"example {number}", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out.splitlines()
+    shown = {line.strip() for line in PAGE.splitlines()}
+    if number == 0:  # the table on the page is what is printed
+        assert len(printed) == 8 and {line.strip() for line in printed[:5]} <= shown
+    else:
+        held = [float(line.split()[2]) / float(line.split()[4]) for line in printed[1:]]
+        assert held[0] == 1.0 and max(held[1:]) < 0.5
