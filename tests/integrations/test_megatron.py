@@ -304,6 +304,9 @@ def test_configs_that_are_refused():
         replace_core_attention(SimpleNamespace(), "s2", strides=3)
     with pytest.raises(ValueError, match="no layer of this SimpleNamespace"):
         replace_core_attention(SimpleNamespace(), "s2", **S2)
+    with pytest.raises(ValueError, match="no layer of this"):  # a block whose layers have no attention
+        replace_core_attention(SimpleNamespace(layer_specs=[SimpleNamespace(submodules=None)]), "s2", **S2)
+    assert replace_core_attention(SimpleNamespace(layer_specs=[]), "s2", **S2).layer_specs == []
 
 
 def test_a_new_method_needs_no_change_here(monkeypatch):
