@@ -120,6 +120,8 @@ def train_step(rank: int, size: int) -> dict[str, Tensor]:
     use_tensor_parallel(size)
     result = {}
     for name, (groups, options) in VARIANTS.items():
+        if name == "all alike" and size > 1:
+            continue  # only there to show that shards matter
         spec = get_gpt_layer_sparse_spec("s2", num_query_groups=groups, **(S2 | options))
         model = gpt(spec, gpt_config(size, groups)).train()
         core = model.decoder.layers[0].self_attention.core_attention
@@ -134,8 +136,9 @@ def train_step(rank: int, size: int) -> dict[str, Tensor]:
 def test_two_ranks_give_what_one_gives(results):
     for result in results:
         alone = result["alone"]
-        for name, expected in alone.items():
-            torch.testing.assert_close(result["together"][name], expected, rtol=2e-4, atol=2e-5)
+        assert len(result["together"]) == 4
+        for name, got in result["together"].items():
+            torch.testing.assert_close(got, alone[name], rtol=2e-4, atol=2e-5)
         # and the shards do differ from head to head
         assert (alone["a shard each"] - alone["all alike"]).abs().max() > 0.1
 
