@@ -309,11 +309,10 @@ def _gaps(
 ) -> list[str]:
     problems = [] if ranges else ["layers: there is no plan at all; set partial to true"]
     for phase in dict.fromkeys(phase for phase, _ in ranges):
-        absent = [n for n in range(model.num_layers) if (phase, n) not in ranges]
+        absent = numbered(n for n in range(model.num_layers) if (phase, n) not in ranges)
         if absent:
             problems.append(
-                f"layers: {phase} has no plan for layers {numbered(absent)}; "
-                "set partial to true to leave them dense"
+                f"layers: {phase} has no plan for layers {absent}; set partial to true to leave them dense"
             )
     for (phase, layer), taken in ranges.items():
         if sum(end - first for first, end in taken) < (num_steps or 1):

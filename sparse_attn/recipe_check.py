@@ -178,7 +178,23 @@ def _encode(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     raise ValueError(f"{name}: a {type(value).__name__} cannot be written into a recipe.")
 
 
+_LIST_RULE = {
+    "type": "object",
+    "required": ["tensors", "group"],
+    "properties": {"tensors": {"type": "string"}, "group": {"type": "integer", "minimum": 1}},
+}
 _LAYOUT_FIELDS = ("block_m", "block_n", "L", "S", "batch", "heads", "neighbours_alike")
+_LAYOUT_RULE = {
+    "type": "object",
+    "required": ["blocks", *_LAYOUT_FIELDS],
+    "additionalProperties": False,
+    "properties": {
+        **{name: {"type": "integer", "minimum": 1} for name in _LAYOUT_FIELDS[:-1]},
+        "neighbours_alike": {"type": "boolean"},
+        "blocks": _LIST_RULE,
+        "columns": _LIST_RULE,
+    },
+}
 
 
 def _encode_layout(layout: SparseLayout, tensors: dict[str, Tensor], name: str) -> dict[str, Any]:
@@ -204,16 +220,12 @@ def decode_config(
         if key not in known:
             problems.append(f"{where}: {method} has no such setting; it has {', '.join(known)}")
             continue
-        default = known[key].default
-        expected = type(default) if isinstance(default, (bool, int)) else None
-        if expected and type(value) is not expected:
-            word = "true or false" if expected is bool else "an integer"
-            problems.append(f"{where}: {value!r} is not {word}")
-            continue
         try:
             given[key] = _decode(value, tensors)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             problems.append(f"{where}: {error}")
+        else:
+            problems += _type_problems(given[key], known[key].type, where)
     for key, field in known.items():
         if key not in plain and field.default is MISSING and field.default_factory is MISSING:
             problems.append(f"{path}.{key}: required by {method}, but absent")
@@ -223,6 +235,31 @@ def decode_config(
         return cls(**given), []
     except (ValueError, TypeError) as error:
         return None, [f"{path}{_guilty(cls, given, str(error))}: {error}"]
+
+
+_VALUE_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "None": (type(None),),
+    "tuple": (tuple,), "Tensor": (Tensor,), "SparseLayout": (SparseLayout,),
+}  # fmt: skip
+
+
+def _type_problems(value: Any, annotation: Any, where: str) -> list[str]:
+    """A complaint if a setting is of none of the types that its field names.
+
+    A field with a type of its own (patterns) is left to its constructor, but for plain numbers, which
+    no constructor reads as such a type.
+    """
+    if not isinstance(annotation, str):
+        return []
+    names = [x.strip() for x in re.sub(r"\[.*?\]", "", annotation).split("|")]
+    allowed = tuple(cls for name in names for cls in _VALUE_TYPES.get(name, ()))
+    named = set(re.findall(r"[A-Za-z]\w*", annotation))
+    if not named <= set(_VALUE_TYPES):
+        allowed += (tuple, str, dict)
+    is_bool = isinstance(value, bool)
+    if (bool in allowed) if is_bool else isinstance(value, allowed):
+        return []
+    return [f"{where}: expected {annotation}, got {value!r}"]
 
 
 def _guilty(cls: type, given: dict[str, Any], message: str) -> str:
@@ -287,14 +324,17 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def _tensor(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    if name not in tensors:
+def _tensor(name: Any, tensors: Mapping[str, Tensor]) -> Tensor:
+    if not isinstance(name, str) or name not in tensors:
         raise ValueError(f"tensor {name!r} is not in the recipe's tensor file")
     return tensors[name]
 
 
 def _decode_layout(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SparseLayout:
     lists = {}
+    problems = schema_problems(plain, _LAYOUT_RULE, "layout")
+    if problems:
+        raise ValueError("; ".join(problems))
     for part in ("blocks", "columns"):
         if part in plain:
             name = plain[part]["tensors"]

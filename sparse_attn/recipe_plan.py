@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -106,8 +107,9 @@ class LayerPlan:
             object.__setattr__(self, "steps", tuple(self.steps))
         problems = [f"groups[{n}].heads: {x}" for n, x in _heads_twice(self.groups)]
         covered = {h for group in self.groups for h in group.heads}
-        if missing := sorted(set(range(max(covered, default=0) + 1)) - covered):
-            problems.append(f"groups: heads {numbered(missing)} are in no group")
+        missing = (h for h in range(max(covered, default=0) + 1) if h not in covered)
+        if left_out := numbered(missing):
+            problems.append(f"groups: heads {left_out} are in no group")
         phases = schema()["properties"]["layers"]["items"]["properties"]["phase"]["enum"]
         if self.phase not in phases:
             problems.append(f"phase: {self.phase!r} is not one of {', '.join(phases)}")
@@ -161,5 +163,7 @@ def _join(groups: list[HeadGroup]) -> HeadGroup:
     return HeadGroup(heads, groups[0].method, groups[0].config, **expected)
 
 
-def numbered(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+def numbered(numbers: Iterable[int], most: int = 12) -> str:
+    """ "0, 1, 2", cut where there are many."""
+    first = list(islice(numbers, most + 1))
+    return ", ".join(map(str, first[:most])) + (", ..." if len(first) > most else "")

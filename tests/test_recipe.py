@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ BAD = {
     ),
     "config type": (
         lambda p: config_of(p).update(block_size=32.5),
-        "layers[1].groups[1].config.block_size: 32.5 is not an",
+        "layers[1].groups[1].config.block_size: expected int, got 32.5",
     ),
     "config value": (
         lambda p: config_of(p, 0, 0).update(theta="most"),
@@ -224,6 +225,26 @@ BAD = {
     "patterns by head": (
         lambda p: set_group(p, method="vdit", config={"patterns": ["full", "skip"], "grid": [1, 2, 3]}),
         "layers[1].groups[1].config.patterns: has 2 patterns for 3 heads",
+    ),
+    "config flag": (
+        lambda p: config_of(p).update(per_query_head=1),
+        "layers[1].groups[1].config.per_query_head: expected bool, got 1",
+    ),
+    "config layout": (
+        lambda p: set_group(p, method="blasst", config={"threshold": 0.0, "layout": "x"}),
+        "layers[1].groups[1].config.layout: expected SparseLayout | None, got 'x'",
+    ),
+    "layout parts": (
+        lambda p: set_group(p, method="blasst", config={"threshold": 0.0, "layout": {"layout": {"L": 0}}}),
+        "layers[1].groups[1].config.layout: layout.blocks: required, but absent; layout.block_m: req",
+    ),
+    "huge model": (
+        lambda p: p["model"].update(num_heads=10**15),
+        "layers[0].groups: heads 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, ... are in no group",
+    ),
+    "huge head": (
+        lambda p: set_group(p, heads=[3, 4, 10**15]),
+        "layers[1].groups: heads 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, ... are in no group",
     ),
     "no tensor": (
         lambda p: config_of(p, 0, 0).update(theta={"tensor": "x"}),
@@ -623,3 +644,24 @@ def test_show_of_a_bad_file_is_one_message(tmp_path):
     for file, message in ((path, "schema_version: 7"), (tmp_path / "b.json", "No such file")):
         result = CliRunner().invoke(make_app(), ["recipe", "show", str(file)])
         assert result.exit_code == 1 and message in result.stderr and "Traceback" not in result.output
+
+
+# -- the page in docs -------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(example, "docs/recipes.md", "exec"), names)
+    assert names["out"].isfinite().all() and "(1, 2) anchor AnchorConfig(theta=9.0" in capsys.readouterr().out
+
+
+def test_the_docs_name_every_key_of_the_schema():
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    layer = schema()["properties"]["layers"]["items"]
+    group = layer["properties"]["groups"]["items"]
+    parts = (schema(), schema()["properties"]["model"], layer, group, group["properties"]["expected"])
+    keys = {key for part in parts for key in part["properties"]} - {"layers"}
+    assert {key for key in keys if f"`{key}`" not in page} == set()
