@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -284,11 +284,23 @@ class _Each:
                     self._layouts[L, S] = self.layout(L, S)
                 layout = self._layouts[L, S]
             else:
-                layout = full_layout(L, S, 128, 128, q.device)
+                layout = _dense_layout(L, S, q.device)
             return attend(q, k, v, Plan(layout), **options)
         except (ValueError, NotImplementedError) as error:
             kind = ValueError if isinstance(error, ValueError) else NotImplementedError
             raise kind(f"{self.op}: sequence {n} ({L} queries, {S} keys): {error}") from error
+
+
+def _dense_layout(L: int, S: int, device: torch.device) -> SparseLayout:
+    """Every key block. A decoded token's key length is new with every step, so that remembering layouts
+    does not help it; its one row is whole but for the last block, which need not be searched for."""
+    if L > 1:
+        return full_layout(L, S, 128, 128, device)
+    layout = SparseLayout.full(L, S, device=device)
+    bounds = torch.tensor([[S // layout.block_n, layout.num_key_blocks]], dtype=torch.int32)
+    for is_causal in (False, True):
+        layout._cache["block_bounds", is_causal] = bounds.to(device, non_blocking=True)
+    return layout
 
 
 def _attend_all(
@@ -344,7 +356,7 @@ def _config(op: str, method: Method | None, config: Any, options: dict[str, Any]
             raise ValueError(f"{op}: {', '.join(given)} given without a method; pass method= as well.")
         return None
     if config is None:
-        known = [f.name for f in fields(method.config)]
+        known = list(inspect.signature(method.config).parameters)
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(

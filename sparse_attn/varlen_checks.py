@@ -95,7 +95,7 @@ def paged_lengths(
     N, max_pages = block_table.shape
     given: dict[str, Lengths] = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k}
     if _is_vector(seqused_k) and len(seqused_k) == N and block_table.numel():
-        used_tokens = torch.as_tensor(seqused_k, device=block_table.device)
+        used_tokens = torch.as_tensor(seqused_k).to(block_table.device, non_blocking=True)
         read = torch.arange(max_pages, device=block_table.device) * page_size < used_tokens[:, None]
         wrong = read & ((block_table < 0) | (block_table >= num_pages))
         found = torch.where(wrong.any(), wrong.flatten().to(torch.uint8).argmax(), -1)

@@ -24,6 +24,7 @@ from sparse_attn.engines import ENGINES
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.testing import assert_close, kept_mask, masked_attention, orders
+from sparse_attn.varlen import _dense_layout
 
 # Ragged on purpose: no queries, no keys, decoding, a whole prompt, a chunk over a longer cache, and more
 # queries than keys.
@@ -334,6 +335,35 @@ def test_nothing_to_attend_still_has_gradients(lens):
     assert (out == 0).all() and (lse == -torch.inf).all()
     out.sum().backward()
     assert (tensors[0].grad == 0).all()
+
+
+@pytest.mark.parametrize("S", [1, 127, 128, 129, 300])
+def test_decoding_takes_the_bounds_of_the_full_layout(S, engine):
+    query, key, value = packed((1,), (S,))
+    layout, full = _dense_layout(1, S, query.device), SparseLayout.full(1, S).check()
+    for is_causal in (False, True):
+        assert torch.equal(layout.block_bounds(is_causal), full.block_bounds(is_causal))
+        out, lse = sparse_attention_varlen(
+            query, key, value, cu_seqlens_q=[0, 1], cu_seqlens_k=[0, S], is_causal=is_causal, enable_gqa=True,
+            return_lse=True, engine=engine,
+        )  # fmt: skip
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        check_sequence(out, lse, q, k, v, None)
+
+
+@pytest.mark.plain_empty
+def test_compiles_with_lengths_in_a_list():
+    """Into one graph, which is for these lengths; lengths in a tensor break the graph and still run."""
+    tensors, options = packed((20, 30), (20, 30)), {"enable_gqa": True, **METHOD_CONFIGS["s2"]}
+
+    def attend(tensors, ends):
+        return sparse_attention_varlen(*tensors, cu_seqlens_q=ends, cu_seqlens_k=ends, method="s2", **options)
+
+    expected = attend(tensors, [0, 20, 50])
+    whole = torch.compile(attend, backend="eager", fullgraph=True)
+    assert torch.equal(whole(tensors, [0, 20, 50]), expected)
+    broken = torch.compile(attend, backend="eager")
+    assert torch.equal(broken(tensors, torch.tensor([0, 20, 50])), expected)
 
 
 # -- paged ----------------------------------------------------------------------------------------
