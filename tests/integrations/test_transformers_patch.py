@@ -109,6 +109,41 @@ def test_a_full_layout_through_an_engine_equals_stock(family: str) -> None:
         assert error(logits(model, ids), stock) > 1e-2, "a sparse pattern must show"
 
 
+def test_bert_with_cross_attention() -> None:
+    """Bidirectional layers with padding equal stock; cross-attention never runs a method."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    encoder = transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=2)).eval()
+    decoder = transformers.BertLMHeadModel(
+        transformers.BertConfig(**sizes, num_hidden_layers=1, is_decoder=True, add_cross_attention=True)
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in [*encoder.named_parameters(), *decoder.named_parameters()]:
+            if name.endswith(("query.weight", "key.weight")):
+                parameter *= 20
+    ids, mask = tokens(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, 30:] = 0
+
+    @torch.no_grad()
+    def hidden() -> torch.Tensor:
+        return encoder(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+    stock = hidden()
+    with sa.patched(encoder, "dense"):
+        assert error(hidden(), stock) < 1e-4
+    memory, calls = torch.randn(2, 13, 64), []
+
+    def record(q, k, v, *, layer, is_causal, scale):
+        calls.append((q.shape[2], k.shape[2]))
+        return sa.s2_attention(q, k, v, vert_stride=1, is_causal=is_causal, scale=scale)
+
+    stock = logits(decoder, ids, encoder_hidden_states=memory)
+    with sa.patched(decoder, record):
+        assert error(logits(decoder, ids, encoder_hidden_states=memory), stock) < 1e-4
+        assert sa.explain(decoder).splitlines()[3].endswith("cross-attention")
+    assert calls == [(40, 40)]
+
+
 def test_layers_follow_their_own_settings() -> None:
     """All layers dense but one equals what an attention function that knows the layer gives."""
     model, ids = tiny_model(num_hidden_layers=3), tokens(1, 60)
