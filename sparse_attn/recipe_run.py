@@ -83,7 +83,7 @@ def run_layer(
     """
     check_inputs(_OP, query, key, value, True, scale)
     context = replace(context or Context(), layer=plan.layer, head_offset=0)
-    calls = _calls(plan, query, key, head_offset)
+    calls, place = _calls(plan, query, key, head_offset)
     num_cached = sum(call.method == "sparsed" for call in calls)
     outs, lses = [], []
     for n, call in enumerate(calls):
@@ -98,17 +98,14 @@ def run_layer(
         )  # fmt: skip
         outs.append(result.out)
         lses.append(result.lse)
-    order = [head for call in calls for head in call.heads]
-    out = _in_order(outs, order)
-    return (out, _in_order(lses, order)) if return_lse else out
+    out = _in_order(outs, place)
+    return (out, _in_order(lses, place)) if return_lse else out
 
 
-def _in_order(parts: list[Tensor], order: list[int]) -> Tensor:
+def _in_order(parts: list[Tensor], place: Tensor | None) -> Tensor:
     """The parts' heads, joined and put into the layer's order."""
-    if order == list(range(len(order))):
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    place = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=parts[0].device)
-    return torch.cat(parts, 1).index_select(1, place)
+    joined = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return joined if place is None else joined.index_select(1, place)
 
 
 def _heads(x: Tensor, pick: Pick) -> Tensor:
@@ -125,7 +122,11 @@ def _trim(call: _Call, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 # -- cutting a layer into calls -------------------------------------------------------------------
 
 
-def _calls(plan: LayerPlan, query: Tensor, key: Tensor, head_offset: int | None) -> list[_Call]:
+def _calls(
+    plan: LayerPlan, query: Tensor, key: Tensor, head_offset: int | None
+) -> tuple[list[_Call], Tensor | None]:
+    """The calls of a layer, and where each head's result lies among theirs (None: in order). Kept on the
+    plan, so that later calls on a GPU copy no head numbers to it."""
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     place = (num_heads, num_kv_heads, head_offset, query.device)
     if place not in plan._calls:
@@ -137,11 +138,16 @@ def _calls(plan: LayerPlan, query: Tensor, key: Tensor, head_offset: int | None)
                 f"{_OP}: query has {num_heads} heads{what}, but the plan of layer {plan.layer} has "
                 f"{plan.num_heads}; pass the recipe of this model (a tensor-parallel rank: head_offset=)."
             )
-        plan._calls[place] = [
-            call
-            for heads, method, config in plan.settings
-            for call in _cut(plan, heads, method, config, place, first)
-        ]
+        with torch.inference_mode(False):  # kept tensors must serve later calls that need gradients
+            calls = [
+                call
+                for heads, method, config in plan.settings
+                for call in _cut(plan, heads, method, config, place, first)
+            ]
+            order = [head for call in calls for head in call.heads]
+            where = sorted(range(len(order)), key=order.__getitem__)
+            in_order = where == list(range(len(order)))
+            plan._calls[place] = (calls, None if in_order else torch.tensor(where, device=query.device))
     return plan._calls[place]
 
 

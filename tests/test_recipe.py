@@ -593,6 +593,8 @@ def test_another_number_of_heads_is_refused():
 def test_gradients_reach_every_head():
     plan = LayerPlan(0, (HeadGroup((0, 3), "s2", S2), HeadGroup((2, 1), "dense", DenseConfig(32))))
     q, k, v = inputs = make_inputs(heads=4, kv_heads=2, L=70, head_dim=32, requires_grad=True)
+    with torch.inference_mode():  # what a plan keeps from here must not stop gradients later
+        run_layer(plan, *(x.detach() for x in inputs), is_causal=True)
     run_layer(plan, q, k, v, is_causal=True).square().sum().backward()
     found = [x.grad.clone() for x in inputs]
     mask = torch.ones(1, 4, 70, 70, dtype=torch.bool).tril()
