@@ -19,6 +19,7 @@ from sparse_attn.schedule import MergedRows, Schedule, merge_factor, schedule_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_BLOCK = 16
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked once: a call must not search the disk
 COLUMN_SPLITS = 8  # programs that share a column row in the backward
 
 
@@ -35,7 +36,7 @@ class TritonEngine:
     name = "triton"
 
     def why_off(self) -> list[str]:
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             return ["Triton is not installed; pip install triton"]
         if not torch.cuda.is_available() and not _interprets():
             return ["no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"]
