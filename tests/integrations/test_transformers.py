@@ -328,8 +328,6 @@ BAD = {
 
 @pytest.mark.parametrize(("args", "options", "message"), BAD.values(), ids=BAD)
 def test_bad_arguments(args, options, message) -> None:
-    if args[0] == "s2" and "s2" not in METHODS:
-        pytest.skip("S2 is not registered")
     model = tiny_model()
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match=message):
