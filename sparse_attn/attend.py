@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from sparse_attn.checks import autocast, check_call
 from sparse_attn.engines import AttendCall, choose
-from sparse_attn.ops import attend_fwd, flatten
+from sparse_attn.ops import run
 from sparse_attn.plan import Plan
 
 
@@ -74,7 +74,7 @@ def attend(
         query, key, value, plan.layout, plan.skip_below, is_causal, scale,
         want_kept=want_kept or (skips and needs_grad), needs_grad=needs_grad,
     )  # fmt: skip
-    out, lse, kept = attend_fwd(*flatten(call, choose(call, engine).name))
+    out, lse, kept = run(call, choose(call, engine).name)
     return Attended(out, lse, kept if want_kept else None)
 
 

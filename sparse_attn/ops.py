@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_attn.engines import ENGINES, AttendCall, lse_dtype, new_out
 from sparse_attn.engines.triton import row_dot as triton_row_dot
@@ -102,18 +103,39 @@ def _attend_bwd_fake(lse, delta, kept, grad_out, *args):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in args[:3])
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_NUM_TENSORS], *output)
-    ctx.plain = inputs[_NUM_TENSORS:]
+def _below_autograd(keyset, args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return attend_fwd.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _backward(ctx, grad_out, grad_lse, _grad_kept):
-    *tensors, out, lse, kept = ctx.saved_tensors
-    delta = torch.ops.sparse_attn.row_dot.default(grad_out, out)
-    if grad_lse is not None:
-        delta = delta - grad_lse
-    grads = torch.ops.sparse_attn.attend_bwd.default(lse, delta, kept, grad_out, *tensors, *ctx.plain)
-    return *grads, *[None] * (_NUM_TENSORS - 3 + len(ctx.plain))
+class _AttendFwd(torch.autograd.Function):
+    """What `torch.library.register_autograd` makes, without its walk over the schema at every call: for
+    as many arguments as these that costs 0.5 ms of Python, more than many a kernel runs."""
+
+    @staticmethod
+    def forward(ctx, keyset, *args):
+        output = _below_autograd(keyset, args)
+        ctx.save_for_backward(*args[:_NUM_TENSORS], *output)
+        ctx.plain = args[_NUM_TENSORS:]
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_lse, _grad_kept):
+        *tensors, out, lse, kept = ctx.saved_tensors
+        if grad_out is None:  # the loss is on lse alone
+            grad_out = torch.zeros_like(out)
+        delta = torch.ops.sparse_attn.row_dot.default(grad_out, out)
+        if grad_lse is not None:
+            delta = delta - grad_lse
+        grads = torch.ops.sparse_attn.attend_bwd.default(lse, delta, kept, grad_out, *tensors, *ctx.plain)
+        return None, *grads, *[None] * (_NUM_TENSORS - 3 + len(ctx.plain))
+
+
+def _attend_fwd_autograd(keyset, *args):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        return _AttendFwd.apply(keyset, *args)
+    return _below_autograd(keyset, args)
 
 
 def _row_dot(a, b):
@@ -137,7 +159,32 @@ for _name, _impl, _fake in (
 ):
     torch.library.impl(f"{NAMESPACE}::{_name}", ("CPU", "CUDA"), _impl)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake)
-torch.library.register_autograd(f"{NAMESPACE}::attend_fwd", _backward, setup_context=_setup_context)
+attend_fwd = torch.ops.sparse_attn.attend_fwd.default
+_fragment = torch.library.Library(NAMESPACE, "FRAGMENT")  # what it registers lives as long as this object
+_fragment.impl("attend_fwd", _attend_fwd_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd(f"{NAMESPACE}::attend_bwd", _no_second_derivative)
 
-attend_fwd = torch.ops.sparse_attn.attend_fwd.default
+
+def run(call: AttendCall, engine: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse and kept of a call: through the operator or, where nothing could tell the difference,
+    from the engine itself, which spares two turns through the dispatcher."""
+    if call.needs_grad or _is_watched(call):
+        return attend_fwd(*flatten(call, engine))
+    return ENGINES[engine].forward(call)
+
+
+def _is_watched(call: AttendCall) -> bool:
+    """Whether something transforms, traces or times operators, or a tensor is not a plain one."""
+    return (
+        torch.compiler.is_compiling()
+        or not all(type(x) in _PLAIN for x in (call.q, call.k, call.v, call.layout.blocks.offsets))
+        or call.q.device.type not in ("cpu", "cuda")
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
