@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
-from sparse_attn.kernels.softmax import LN_2, LOG2_E, load_rows, matmul
+from sparse_attn.kernels.softmax import LOG2_E, load_rows, matmul, natural_log
 
 if TYPE_CHECKING:
     from sparse_attn.methods.anchor_regions import AnchorRegions
@@ -154,7 +154,7 @@ def pool_anchor_kernel(
 
         row = m_i * scale
         if WANT_LSE:
-            row = tl.where(l_i > 0, (m_i + tl.log2(l_i)) * LN_2, -float("inf"))
+            row = tl.where(l_i > 0, natural_log(m_i, l_i), -float("inf"))
         count = (tl.minimum((i + 1) * BLOCK, L) - i * BLOCK).to(tl.float32)
         at = batch_head.to(tl.int64) * Lb + i
         tl.store(anchor + at, tl.sum(tl.where(offs_m < L, row, 0.0), 0) / count)

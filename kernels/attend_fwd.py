@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from sparse_attn.kernels.softmax import (
-    LN_2,
     gathered_keys,
     list_group,
     load_rows,
     load_tile,
     matmul,
     member_rows,
+    natural_log,
     power,
     program_place,
     score_factor,
@@ -434,7 +434,7 @@ def attend_fwd_kernel(
 
     # -- normalise; a query without keys gives 0 and -inf
     inverse = 1.0 / tl.where(l_i == 0, 1.0, l_i)
-    row_lse = m_i + tl.log(l_i) if NATURAL else (m_i + tl.log2(l_i)) * LN_2
+    row_lse = m_i + tl.log(l_i) if NATURAL else natural_log(m_i, l_i)
     row_lse = tl.where(l_i == 0, -float("inf"), row_lse)
     store_rows(out, offs_m, stride_om, L, acc * inverse[:, None], VALUE_DIM, BLOCK_DV)
     tl.store(lse + offs_m, row_lse, mask=offs_m < L)

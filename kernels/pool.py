@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_attn.kernels.softmax import LN_2, LOG2_E, matmul
+from sparse_attn.kernels.softmax import LOG2_E, matmul, natural_log
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def _row_lse_kernel(
         m_i, l_i, clean_hi, hi, q, k_base, offs_m, first, last, S, stride_kn, shift, qk_scale,
         D, HEAD_DIM, PRECISION, TILE_N, IS_CAUSAL, True,
     )  # fmt: skip
-    lse = (m_i + tl.log2(tl.where(l_i == 0.0, 1.0, l_i))) * LN_2  # no key: m_i is -inf, and so is this
+    lse = natural_log(m_i, tl.where(l_i == 0.0, 1.0, l_i))  # no key: m_i is -inf, and so is this
     tl.store(LSE + bh.to(tl.int64) * L + offs_m, lse, mask=offs_m < L)
 
 

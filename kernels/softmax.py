@@ -40,6 +40,13 @@ def power(x, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def natural_log(exponent, total):
+    """log(2^exponent * total): an lse from a running maximum in base 2. It is rounded once after the
+    logarithm; the sum in base 2, turned to base e, was rounded twice, once at 1.44 times the size."""
+    return tl.fma(exponent, LN_2, tl.log(total))
+
+
+@triton.jit
 def program_place(tiles, num_heads, span):
     """(tile, batch and head) of this program. `span` heads run side by side, tile by tile: their first
     (longest) tiles start before any later one, and their keys and values share the L2 cache."""
