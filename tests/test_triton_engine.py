@@ -132,15 +132,18 @@ def test_merged_tiles_are_exact(name):
     check_engine(q, k, v, Plan(layout), engine="triton", is_causal=True, grad=True)
 
 
-@needs_gpu
-def test_merging_changes_no_bit_of_the_forward():
-    layout = LAYOUTS["strided"]()
+@pytest.mark.parametrize("name", ["strided", "L<S"])
+def test_merging_changes_no_more_than_rounding(name):
+    """A row meets the same keys in the same order, alone or in company, and that is all that is promised:
+    a tile of 64 rows is multiplied by other instructions than one of 16 or 32, and a row's sum of
+    exponentials is spread over other threads, so the last bits differ. Each keeps to the accuracy rule,
+    and one key more or less would move an lse by 1 / 330 at the least."""
+    layout = LAYOUTS[name]()
     q, k, v = inputs(L=layout.L, S=layout.S, dtype=torch.float16)
-    merged = attend(q, k, v, Plan(layout), is_causal=True, engine="triton")
-    alone = attend(
-        q, k, v, Plan(replace(layout, neighbours_alike=False, _cache={})), is_causal=True, engine="triton"
-    )
-    assert torch.equal(merged.out, alone.out) and torch.equal(merged.lse, alone.lse)
+    alone = replace(layout, neighbours_alike=False, _cache={})
+    got = [check_engine(q, k, v, Plan(x), engine="triton", is_causal=True) for x in (layout, alone)]
+    assert torch.equal(got[0].kept, got[1].kept)
+    torch.testing.assert_close(got[0].lse, got[1].lse, rtol=0, atol=2e-6)
 
 
 def test_only_what_allows_it_is_merged():
