@@ -24,7 +24,7 @@ from sparse_attn.attend import Attended, attend
 from sparse_attn.demo.candidates import Candidate
 from sparse_attn.demo.heads import HeadPicker
 from sparse_attn.engines import AttendCall, choose
-from sparse_attn.integrations.transformers import patched
+from sparse_attn.integrations.patching import patched
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.plan import Plan

@@ -2,7 +2,7 @@
 
     import sparse_attn as sa
 
-    sa.patch(model, "anchor", theta=12.0, layers={0: "dense"})
+    sa.patch(model, "anchor", theta=12.0, layers={0: "dense"})     # or sa.patch(model, "model.recipe.json")
     print(sa.explain(model))
     sa.unpatch(model)
 
@@ -16,84 +16,114 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_attn.integrations import transformers as adapter
-from sparse_attn.integrations.transformers import AttentionFunction, _Setting
+from sparse_attn.integrations.settings import (
+    ATTRIBUTE,
+    DENSE,
+    AttentionFunction,
+    Choice,
+    Setting,
+    as_recipe,
+    attention_of,
+    attention_of_choice,
+    check_switches,
+    fit,
+    is_cross_attention,
+    name_of,
+    setting_of,
+    settings_of_recipe,
+)
+from sparse_attn.recipe import Recipe
 
-DENSE = "dense"
-# "dense", a method's name, a function, or (name, config or dict of options); None is the model's default.
-Choice = str | AttentionFunction | tuple[Any, ...] | None
 Layers = Mapping[int, Choice] | Callable[[int], Choice]
+_RECORD = "_sparse_attn_patch"
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `unpatch` needs, kept on the model: each config with its attention before; the recipe's name."""
+
+    before: list[tuple[Any, str]]
+    source: str = ""
 
 
 def patch(
     model: nn.Module,
-    method: str | AttentionFunction,
+    method: str | AttentionFunction | Recipe | PathLike[str],
     config: Any = None,
     *,
     layers: Layers | None = None,
     engine: str | None = None,
-    decode: str = "dense",
+    decode: str | None = None,
     on_mask: str = "dense",
+    strict: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Switch a transformers model to a sparse method until `unpatch`.
+    """Switch a transformers model to a sparse method, or to a recipe, until `unpatch`.
 
     Args:
         model: a `PreTrainedModel` whose attention goes through `AttentionInterface`.
         method: a name of `sparse_attn.methods.METHODS`; or "dense"; or a function
             (query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], *, layer, is_causal, scale)
-            -> out [B, Hq, L, Dv].
+            -> out [B, Hq, L, Dv]; or a `Recipe`, or the path of its file (a string ends in ".json").
         config: an instance of the method's config class; instead of it, pass its fields as `options`.
         layers: what single layers do instead, by layer number from 0: a dict, or a function of the
             number. Each value is "dense", a method's name, (name, {options}), (name, config), a function,
             or None for the model's default.
         engine: insist on one engine by name, in every layer.
-        decode: "dense" (default) or "sparse": what calls with a single query do.
+        decode: what calls with a single query do: "dense" or "sparse". Default: dense, but for a recipe
+            with plans for the phase "decode", which are then followed.
         on_mask: "dense" (default: run dense under the mask, and warn) or "error": what happens under a
             mask that is neither causal nor padding.
+        strict: whether a recipe's fingerprint includes the hash of the model's config.
 
     Returns:
         The model, which was changed in place.
 
     Raises:
-        ValueError: the model is patched already or cannot be patched; an unknown method, layer or option.
+        ValueError: the model is patched already or cannot be patched; an unknown method, layer or option;
+            a recipe for another model, or without plans for prefill.
 
     Example:
         >>> patch(model, "s2", local_blocks=8, layers={0: "dense", 1: ("blasst", {"threshold": 0.001})})
     """
-    if is_patched(model):
-        raise ValueError(
-            f"patch: this {type(model).__name__} is patched already; call sparse_attn.unpatch(model) first."
-        )
-    for name, value in (("decode", decode), ("on_mask", on_mask)):
-        other = "sparse" if name == "decode" else "error"
-        if value not in ("dense", other):
-            raise ValueError(f"patch: {name} is {value!r}; use 'dense' or {other!r}.")
-
-    def setting_of(choice: Choice) -> _Setting:
-        chosen, arguments = (choice[0], choice[1:]) if isinstance(choice, tuple) else (choice, ())
-        own_config = arguments[0] if arguments else None
-        if isinstance(own_config, Mapping):
-            return _setting(chosen, None, engine, dict(own_config), decode, on_mask)
-        return _setting(chosen, own_config, engine, {}, decode, on_mask)
-
-    default = _setting(method, config, engine, options, decode, on_mask)
+    _check_unpatched(model)
+    check_switches("patch", decode, on_mask)
+    recipe = as_recipe(method)
     modules = attention_modules(model)
-    choices = _choices(layers, sorted({module.layer_idx for _, module in modules}))
-    by_layer = {number: setting_of(choice) for number, choice in choices.items()}
-    settings = dict.fromkeys(model.modules(), default)
+    numbers = sorted({module.layer_idx for _, module in modules})
+    if recipe is None:
+        default = setting_of(attention_of("patch", method, config, engine, options), decode, on_mask)
+        by_default = dict.fromkeys(numbers, default)
+    else:
+        if config is not None or options:
+            raise ValueError("patch: config and options belong to a method's name, not to a recipe.")
+        adapter.check_is_model(model)
+        recipe.check_model(model, strict=strict)
+        _check_one_stack(modules, recipe)
+        default = setting_of(None, decode, on_mask)  # of layers that carry no number: none, by the check
+        by_default = settings_of_recipe(recipe, numbers, engine, decode, on_mask)
+    by_layer = {
+        number: setting_of(attention_of_choice("patch", choice, engine), decode, on_mask)
+        for number, choice in _choices(layers, numbers).items()
+    }
+    settings: dict[nn.Module, Setting] = dict.fromkeys(model.modules(), default)
     for _, module in modules:
         own = by_layer.get(module.layer_idx)
-        settings[module] = _for_module(module, default if own is None else own, own is not None)
-    adapter._register()
-    adapter._switch(model)
-    adapter._settings.update(settings)
-    _warn_if_all_dense([settings[module] for _, module in modules], [default, *by_layer.values()])
+        why = "" if own is None else "asked for by `layers`"
+        settings[module] = fit(module, own or by_default[module.layer_idx], why)
+    before = adapter.switch(model)
+    for module, setting in settings.items():
+        setattr(module, ATTRIBUTE, setting)
+    setattr(model, _RECORD, _Patch(before, "" if recipe is None else _source(method)))
+    asked = [default, *by_default.values(), *by_layer.values()]
+    _warn_if_all_dense([settings[module] for _, module in modules], asked)
     return model
 
 
@@ -101,20 +131,27 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Give the model back the attention it had before `patch`, and return it.
 
     Raises:
-        ValueError: the model is not patched. A copy of a patched model is not: patch the copy first.
+        ValueError: the model is not patched.
     """
     if not is_patched(model):
         raise ValueError(
-            f"unpatch: this {type(model).__name__} is not patched; call it with the very model that "
-            "sparse_attn.patch was given (not a part or a copy of it)."
+            f"unpatch: this {type(model).__name__} is not patched; call it with the model that "
+            "sparse_attn.patch was given, or a copy of it (not a part of it)."
         )
-    adapter.disable(model)
+    for config, implementation in getattr(model, _RECORD).before:
+        config._attn_implementation = implementation
+    delattr(model, _RECORD)
+    for module in model.modules():
+        module.__dict__.pop(ATTRIBUTE, None)
     return model
 
 
 @contextmanager
 def patched(
-    model: nn.Module, method: str | AttentionFunction, config: Any = None, **options: Any
+    model: nn.Module,
+    method: str | AttentionFunction | Recipe | PathLike[str],
+    config: Any = None,
+    **options: Any,
 ) -> Iterator[nn.Module]:
     """`patch` for the length of a `with` block, whatever ends it. Takes the arguments of `patch`."""
     patch(model, method, config, **options)
@@ -126,8 +163,8 @@ def patched(
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` (or the adapter's `enable`) holds for this very model."""
-    return model in adapter._previous
+    """Whether `patch` holds for this very model, or for the one that it is a copy of."""
+    return _RECORD in model.__dict__
 
 
 def attention_modules(model: nn.Module) -> list[tuple[str, Any]]:
@@ -144,23 +181,34 @@ def attention_modules(model: nn.Module) -> list[tuple[str, Any]]:
 # -- choosing -----------------------------------------------------------------------------------------
 
 
-def _setting(
-    method: Any, config: Any, engine: str | None, options: dict[str, Any], decode: str, on_mask: str
-) -> _Setting:
-    if method == DENSE and isinstance(method, str):
-        if config is not None or options:
-            raise ValueError('patch: "dense" takes no config and no options.')
-        return _Setting(None, decode, on_mask, DENSE)
-    if not (isinstance(method, str) or callable(method)):
+def _check_unpatched(model: nn.Module) -> None:
+    if is_patched(model):
         raise ValueError(
-            f"patch: a method is {method!r}; pass a name, 'dense', a function, or (name, {{options}})."
+            f"patch: this {type(model).__name__} is patched already; call sparse_attn.unpatch(model) first."
         )
-    by_name = isinstance(method, str)
-    attention, config = adapter._attention_function(
-        "patch", method, config, engine if by_name else None, options
-    )
-    name = method if by_name else f"function {getattr(method, '__name__', type(method).__name__)}"
-    return _Setting(attention, decode, on_mask, name, config)
+    for name, module in model.named_modules():
+        if is_patched(module) or ATTRIBUTE in module.__dict__:
+            what = name or "the model that it belongs to"
+            raise ValueError(f"patch: {what} is patched already; call sparse_attn.unpatch on that first.")
+
+
+def _check_one_stack(modules: list[tuple[str, Any]], recipe: Recipe) -> None:
+    """A recipe numbers the layers of one stack."""
+    names: dict[int, str] = {}
+    for name, module in modules:
+        if is_cross_attention(module):
+            continue
+        if module.layer_idx in names:
+            raise ValueError(
+                f"patch: {names[module.layer_idx]} and {name} are both layer {module.layer_idx}; a recipe is "
+                "for one stack of layers: sparse_attn.patch the part of the model that it is for."
+            )
+        names[module.layer_idx] = name
+    if sorted(names) != list(range(recipe.model.num_layers)):
+        raise ValueError(
+            f"patch: the recipe has layers 0 to {recipe.model.num_layers - 1}, but the attention layers of "
+            f"this {type(modules[0][1]).__name__ if modules else 'model'} are numbered {sorted(names)}."
+        )
 
 
 def _choices(layers: Layers | None, numbers: list[int]) -> dict[int, Choice]:
@@ -183,50 +231,17 @@ def _choices(layers: Layers | None, numbers: list[int]) -> dict[int, Choice]:
     return {number: choice for number, choice in layers.items() if choice is not None}
 
 
-def _for_module(module: nn.Module, setting: _Setting, chosen: bool) -> _Setting:
-    """The setting as this layer can follow it, with the reason where it cannot."""
-    window = _window(module)
-    stock = _not_plain_softmax(module)
-    if stock:
-        return replace(setting, window=window, reason=f"{stock}: runs the model's own eager attention")
-    if "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False):
-        return replace(setting, attention=None, method=DENSE, config=None, reason="cross-attention")
-    if window is not None:
-        reason = "" if setting.attention is None else f"{setting.method} up to {window} keys, then "
-        reason = f"sliding window: {reason}dense under the window"
-        return replace(setting, window=window, reason=reason)
-    return replace(setting, reason="asked for by `layers`" if chosen else "")
+def _source(method: Any) -> str:
+    return f"a recipe of {method.created_by}" if isinstance(method, Recipe) else f"the recipe {method}"
 
 
-def _window(module: nn.Module) -> int | None:
-    """Keys that a query of a sliding-window layer sees; None of a layer without window."""
-    if hasattr(module, "sliding_window"):
-        return module.sliding_window if isinstance(module.sliding_window, int) else None
-    config: Any = getattr(module, "config", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":  # type: ignore[index]
-        return None
-    window = getattr(config, "sliding_window", None)
-    return window if isinstance(window, int) else None
-
-
-def _not_plain_softmax(module: nn.Module) -> str:
-    if getattr(module, "attn_logit_softcapping", None) is not None:
-        return f"softcap {module.attn_logit_softcapping:g}"
-    return "attention sinks (s_aux)" if isinstance(getattr(module, "sinks", None), Tensor) else ""
-
-
-def _warn_if_all_dense(settings: list[_Setting], asked: list[_Setting]) -> None:
+def _warn_if_all_dense(settings: list[Setting], asked: list[Setting]) -> None:
     if not settings or all(x.attention is None for x in asked):
         return
-    if all(x.attention is None or _runs_stock(x) for x in settings):
+    if all(x.attention is None or x.is_stock for x in settings):
         reasons = ", ".join(sorted({x.reason for x in settings if x.reason}))
         message = f"patch: no layer of this model will be sparse ({reasons}); see sparse_attn.explain(model)."
         warnings.warn(message, adapter.DenseFallbackWarning, stacklevel=3)
-
-
-def _runs_stock(setting: _Setting) -> bool:
-    return setting.reason.endswith("eager attention")
 
 
 # -- explaining ---------------------------------------------------------------------------------------
@@ -234,7 +249,7 @@ def _runs_stock(setting: _Setting) -> bool:
 NOTES = """\
 prefill: calls with two or more queries, also in chunks over a cache. decode: calls with one query.
 padding: causal layers cut each sequence to its real tokens, so padding changes neither pattern nor result.
-other masks (packed sequences, static cache, a 4-D mask, padding without causality): see the column."""
+other masks (packed sequences, a 4-D mask, padding without causality): see the column."""
 
 
 def explain(model: nn.Module) -> str:
@@ -246,13 +261,14 @@ def explain(model: nn.Module) -> str:
         >>> print(explain(model))
     """
     name = type(model).__name__
-    if not is_patched(model):
+    loaded = not is_patched(model) and adapter.is_loaded(model)
+    if not is_patched(model) and not loaded:
         implementation = getattr(getattr(model, "config", None), "_attn_implementation", "its own code")
         return f"{name} is not patched: every layer runs stock attention ({implementation})."
     rows: list[list[str]] = []
     numbers: list[list[str]] = []
     for _, module in attention_modules(model):
-        row = _row(adapter._settings[module])
+        row = _row(adapter.setting_for(module))
         if rows and rows[-1] == row:
             numbers[-1].append(str(module.layer_idx))
         else:
@@ -267,38 +283,21 @@ def explain(model: nn.Module) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
     if not rows:
         lines = ["its attention layers carry no layer_idx: all follow the model's setting."]
-    return "\n".join([f"{name}, patched:", *(line.rstrip() for line in lines), NOTES])
+    return "\n".join([f"{name}, {_how(model, loaded)}:", *(line.rstrip() for line in lines), NOTES])
 
 
-def _row(setting: _Setting) -> list[str]:
+def _how(model: nn.Module, loaded: bool) -> str:
+    if loaded:
+        return f'loaded with attn_implementation="{adapter.NAME}"'
+    source = getattr(model, _RECORD).source
+    return f"patched with {source}" if source else "patched"
+
+
+def _row(setting: Setting) -> list[str]:
     """prefill, decode, other masks, why."""
-    if _runs_stock(setting):
+    if setting.is_stock:
         return ["stock", "stock", "stock, masked", setting.reason]
     masks = "refused (on_mask)" if setting.on_mask == "error" else "dense, warns"
-    if setting.attention is None:
+    if setting.attention is None and setting.decode is None:
         return [DENSE, DENSE, "dense", setting.reason]
-    what = describe(setting.method, setting.config)
-    return [what, DENSE if setting.decode == "dense" else what, masks, setting.reason]
-
-
-def describe(method: str, config: Any) -> str:
-    """A method with the settings that differ from its defaults: "anchor(theta=9.0)"."""
-    if not is_dataclass(config):
-        return method
-    shown = [
-        f"{field.name}={_short(value)}"
-        for field in fields(config)
-        if not _is_default(field, value := getattr(config, field.name))
-    ]
-    return f"{method}({', '.join(shown)})" if shown else method
-
-
-def _is_default(field: Field, value: Any) -> bool:
-    if isinstance(value, Tensor) or field.default is MISSING:
-        return False
-    return type(value) is type(field.default) and value == field.default
-
-
-def _short(value: Any) -> str:
-    text = f"tensor{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return [name_of(setting.attention), name_of(setting.decode), masks, setting.reason]

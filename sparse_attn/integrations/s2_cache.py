@@ -31,10 +31,9 @@ try:
 except ImportError as error:
     raise ImportError("sparse_attn.S2Cache needs transformers 5; pip install 'transformers>=5'.") from error
 
-from sparse_attn.integrations import patching
 from sparse_attn.integrations import transformers as adapter
 from sparse_attn.integrations.patching import attention_modules, is_patched
-from sparse_attn.integrations.transformers import _Setting
+from sparse_attn.integrations.settings import ATTRIBUTE, Setting
 from sparse_attn.methods.s2 import S2Config, _local_shifts
 
 Shifts = tuple[int | None, ...]
@@ -100,7 +99,7 @@ class S2CacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, module: nn.Module, setting: _Setting) -> None:
+    def __init__(self, module: nn.Module, setting: Setting) -> None:
         super().__init__()
         self.setting = setting
         self.config: S2Config = setting.config
@@ -124,14 +123,14 @@ class S2CacheLayer(CacheLayerMixin):
             ValueError: the model is no longer patched as it was when the cache was made.
         """
         module = self._module()
-        if module is None or adapter._settings.get(module) is not self.setting:
+        if module is None or getattr(module, ATTRIBUTE, None) is not self.setting:
             raise ValueError(
                 "S2Cache: the model was unpatched or patched anew since this cache was made, and keys are "
                 "gone that it may now read; make a new sparse_attn.S2Cache(model) and start from the prompt."
             )
         self.lazy_initialization(key_states, value_states)
         self._new = (key_states, value_states)
-        adapter._pending[module] = self
+        setattr(module, adapter.PENDING, self)
         return key_states, value_states
 
     def attend(
@@ -320,18 +319,18 @@ class S2Cache(Cache):
                 'S2Cache: patch the model first: sparse_attn.patch(model, "s2", decode="sparse").'
             )
         layers = list(DynamicCache(config=model.config).layers)
-        dropping = [x for x in attention_modules(model) if self._drops(adapter._settings[x[1]])]
+        dropping = [x for x in attention_modules(model) if self._drops(getattr(x[1], ATTRIBUTE))]
         if not dropping:
             raise ValueError(
                 "S2Cache: no layer of this model runs S2 over all keys, so none could be freed; patch it "
                 "with 's2', or use transformers' DynamicCache."
             )
         for name, module in dropping:
-            setting = adapter._settings[module]
-            if setting.decode != "sparse":
+            setting = getattr(module, ATTRIBUTE)
+            if getattr(setting.decode, "config", None) != setting.config:
                 raise ValueError(
-                    "S2Cache: decode steps of this model are dense and read all keys; patch it with "
-                    'decode="sparse".'
+                    "S2Cache: decode steps of this model are dense, or follow another pattern than prefill, "
+                    'and read keys that would be gone; patch it with decode="sparse".'
                 )
             if not 0 <= module.layer_idx < len(layers) or isinstance(layers[module.layer_idx], S2CacheLayer):
                 raise ValueError(f"S2Cache: {name} does not belong to one plain stack of decoder layers.")
@@ -339,8 +338,8 @@ class S2Cache(Cache):
         super().__init__(layers=layers)
 
     @staticmethod
-    def _drops(setting: _Setting) -> bool:
-        keeps_plan = setting.window is None and not patching._runs_stock(setting)
+    def _drops(setting: Setting) -> bool:
+        keeps_plan = setting.window is None and not setting.is_stock
         return isinstance(setting.config, S2Config) and keeps_plan
 
     def report(self) -> S2CacheReport:

@@ -1,25 +1,19 @@
 """Sparse attention inside Hugging Face models, through transformers' `AttentionInterface`.
 
 The model's code does not change: its attention layers call `attention_forward` with query, key and
-value after rotary embedding and cache update. What happens there is decided per model by `enable`::
-
-    import sparse_attn.integrations.transformers as sparse_hf
-
-    with sparse_hf.patched(model, "blasst", threshold_scale=900.0):
-        model(input_ids)
+value after rotary embedding and cache update. What happens there is decided by `sparse_attn.patch`, or,
+of a model loaded with `attn_implementation="sparse_attn"`, by its config or by `register`.
 
 What is sparse and what is not, without exceptions that stay silent:
 
 * prefill (more than one query) runs the method. Causal attention does so with left or right padding
   too: each sequence of the batch is cut to its real tokens, so that padding changes neither the pattern
-  nor the result;
+  nor the result. So does the first prefill into a static cache, cut to the keys that are there;
 * decode steps (one query) are dense, or follow the method with `decode="sparse"`;
-* any other mask (padding in bidirectional attention, packed sequences, sliding windows, static caches, a
-  4-D mask of the user's own) is honoured by dense attention under that mask, with a warning, or refused
-  with `on_mask="error"`;
+* any other mask (padding in bidirectional attention, packed sequences, sliding windows, later calls
+  on a static cache, a 4-D mask of the user's own) is honoured by dense attention under that mask, with
+  a warning, or refused with `on_mask="error"`;
 * attention that is not plain softmax (softcap, sinks, position bias) runs the model's own eager code.
-
-`sparse_attn.patch` builds on this: settings by layer, and a table that says all this of one model.
 
 transformers is imported when one of these functions is called, not before.
 """
@@ -28,150 +22,68 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.methods import METHODS, Context
-from sparse_attn.methods.base import run
+from sparse_attn.integrations.settings import (
+    ATTRIBUTE,
+    Setting,
+    as_recipe,
+    attention_of,
+    attention_of_choice,
+    check_switches,
+    fit,
+    setting_of,
+    settings_of_recipe,
+)
+from sparse_attn.recipe import Fingerprint, Recipe
 
 NAME = "sparse_attn"
-# (query, key, value, *, layer, is_causal, scale) -> out [B, Hq, L, Dv]; key heads are not repeated.
-AttentionFunction = Callable[..., Tensor]
+CONFIG = "sparse_attention_config"
+PENDING = "_sparse_attn_pending"  # of a layer whose keys an S2Cache has just taken: it runs the call
+_LOADED = "_sparse_attn_loaded"
 
 
 class DenseFallbackWarning(UserWarning):
     """A call ran as dense attention under its mask because no sparse method covers that mask."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Setting:
-    """What an attention layer does.
+# -- models loaded with attn_implementation="sparse_attn" ----------------------------------------------
 
-    Attributes:
-        attention: None is dense under the layer's own mask.
-        method, config: what `attention` runs, for those who ask; config is None of a function.
-        window: keys a query of a sliding-window layer sees; a mask it explains is no surprise to warn of.
-        reason: why the layer does not run what was asked for the model; empty where it does.
-    """
-
-    attention: AttentionFunction | None
-    decode: str
-    on_mask: str
-    method: str = "function"
-    config: Any = None
-    window: int | None = None
-    reason: str = ""
+_request: Mapping[str, Any] | None = None
 
 
-_settings: WeakKeyDictionary[nn.Module, _Setting] = WeakKeyDictionary()
-_previous: WeakKeyDictionary[nn.Module, list[tuple[Any, str]]] = WeakKeyDictionary()
-# Attention layers whose keys a cache of ours has just taken: that cache runs the attention of the call.
-_pending: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+def register(method: Any = None, config: Any = None, **options: Any) -> None:
+    """Make `attn_implementation="sparse_attn"` known to transformers, and say what it means.
 
-
-def enable(
-    model: nn.Module,
-    method: str | AttentionFunction,
-    config: Any = None,
-    *,
-    engine: str | None = None,
-    decode: str = "dense",
-    on_mask: str = "dense",
-    **options: Any,
-) -> None:
-    """Switch a model to a sparse method, until `disable`. Enabling again replaces the method.
+    A model that is loaded with that name follows the attribute `sparse_attention_config` of its config (a
+    dict of the arguments below, by name, saved with the model), and without one the method given here, for
+    the whole process. Calling again replaces the method; `register()` takes it away.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through `AttentionInterface`.
-        method: a name of `sparse_attn.methods.METHODS`, or a function
-            (query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], *, layer, is_causal, scale)
-            -> out [B, Hq, L, Dv].
-        config: an instance of the method's config class; instead of it, pass its fields as `options`.
-        engine: insist on one engine by name.
-        decode: "dense" or "sparse": what calls with a single query do.
-        on_mask: "dense" (run masked and dense, and warn) or "error": what happens under a mask that is
-            neither causal nor padding.
+        method, config, options: as in `sparse_attn.patch`: a name, "dense", a function or a recipe, its
+            settings, and `layers` (a dict), `engine`, `decode`, `on_mask`, `strict`.
 
     Raises:
-        ValueError: an unknown method or option, a bad config, or a model without `AttentionInterface`.
+        ValueError: an unknown method or option, or a bad config. A recipe is compared with a model when
+            that model is first called.
+
+    Example:
+        >>> register("anchor", theta=12.0)
+        >>> model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sparse_attn")
     """
-    for name, value, allowed in (
-        ("decode", decode, ("dense", "sparse")),
-        ("on_mask", on_mask, ("dense", "error")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"enable: {name} is {value!r}; use {allowed[0]!r} or {allowed[1]!r}.")
-    attention, config = _attention_function("enable", method, config, engine, options)
-    setting = _Setting(attention, decode, on_mask, method if isinstance(method, str) else "function", config)
+    global _request
+    if method is None and (config is not None or options):
+        raise ValueError("register: config and options need a method.")
+    asked = None if method is None else {"method": method, "config": config, **options}
+    if asked is not None:
+        _read_request("register", asked)
     _register()
-    if model not in _previous:
-        _switch(model)
-    _settings.update(dict.fromkeys(model.modules(), setting))
-
-
-def disable(model: nn.Module) -> None:
-    """Give the model back the attention it had before `enable`. Does nothing where none was enabled."""
-    for config, implementation in _previous.pop(model, []):
-        config._attn_implementation = implementation
-    for module in model.modules():
-        _settings.pop(module, None)
-
-
-@contextmanager
-def patched(
-    model: nn.Module, method: str | AttentionFunction, config: Any = None, **options: Any
-) -> Iterator:
-    """`enable` for the length of a `with` block. Takes the arguments of `enable`; yields the model.
-
-    A model that was enabled before gets its earlier setting back.
-    """
-    before = _settings.get(model)
-    enable(model, method, config, **options)
-    try:
-        yield model
-    finally:
-        if before is None:
-            disable(model)
-        else:
-            _settings.update(dict.fromkeys(model.modules(), before))
-
-
-def _attention_function(
-    op: str, method: str | AttentionFunction, config: Any, engine: str | None, options: dict[str, Any]
-) -> tuple[AttentionFunction, Any]:
-    """The function that layers call, and the method's validated config (None of a function)."""
-    if callable(method):
-        if config is not None or options or engine is not None:
-            raise ValueError(
-                f"{op}: config, engine and options belong to a method's name, not to a function."
-            )
-        return method, None
-    if method not in METHODS:
-        raise ValueError(f"{op}: unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    chosen = METHODS[method]
-    if config is not None and options:
-        raise ValueError(f"{op}: pass either config or its fields as options, not both.")
-    if config is None:
-        try:
-            config = chosen.config(**options)
-        except TypeError as error:  # an option that the config class does not have
-            raise ValueError(f"{op}: {method}: {error}") from error
-    if not isinstance(config, chosen.config):
-        raise ValueError(f"{op}: config is {type(config).__name__}; {method} takes {chosen.config.__name__}.")
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
-        return run(
-            chosen, q, k, v, config, is_causal=is_causal, scale=scale, enable_gqa=True, engine=engine,
-            context=Context(layer=layer),
-        ).out  # fmt: skip
-
-    return attention, config
+    _request = asked
 
 
 def _register() -> None:
@@ -183,13 +95,112 @@ def _register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def _switch(model: nn.Module) -> None:
+def _read_request(op: str, asked: Mapping[str, Any]) -> tuple[Recipe | None, dict[str, Any], dict[int, Any]]:
+    """The recipe or None, the common settings (with the attention of a method), and attention by layer.
+
+    Raises:
+        ValueError: something in it is wrong.
+    """
+    if not isinstance(asked, Mapping) or asked.get("method") is None:
+        raise ValueError(
+            f'{op}: {CONFIG} is {asked!r}; it must be a dict: {{"method": "anchor", "theta": 9}}.'
+        )
+    options = dict(asked)
+    method, config, layers = options.pop("method"), options.pop("config", None), options.pop("layers", None)
+    common = {
+        name: options.pop(name, default)
+        for name, default in (("engine", None), ("decode", None), ("on_mask", "dense"), ("strict", True))
+    }
+    check_switches(op, common["decode"], common["on_mask"])
+    recipe = _load(str(method)) if isinstance(method, str) and method.endswith(".json") else as_recipe(method)
+    if recipe is None:
+        common["attention"] = attention_of(op, method, config, common["engine"], options)
+    elif config is not None or options:
+        raise ValueError(f"{op}: config and options belong to a method's name, not to a recipe.")
+    by_layer = {}
+    for number, choice in (layers or {}).items():
+        choice = tuple(choice) if isinstance(choice, list) else choice  # JSON has no tuples
+        by_layer[int(number)] = attention_of_choice(op, choice, common["engine"])
+    return recipe, common, by_layer
+
+
+@lru_cache(maxsize=8)
+def _load(path: str) -> Recipe | None:
+    """A recipe file, read once for all layers and models."""
+    return as_recipe(path)
+
+
+def _request_of(config: Any) -> Mapping[str, Any] | None:
+    own = getattr(config, CONFIG, None)
+    return _request if own is None else own
+
+
+def is_loaded(model: Any) -> bool:
+    """Whether a model runs our attention without `patch`, by its config or by `register`."""
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(inner, "_attn_implementation", None) == NAME and _request_of(inner) is not None
+
+
+def setting_for(module: nn.Module) -> Setting:
+    """What a layer does: as patched, or as its config or `register` says.
+
+    Raises:
+        ValueError: nobody said.
+    """
+    setting = getattr(module, ATTRIBUTE, None)
+    return _loaded_setting(module) if setting is None else setting
+
+
+def _loaded_setting(module: Any) -> Setting:
+    config = getattr(module, "config", None)
+    asked = _request_of(config)
+    if asked is None:
+        raise ValueError(
+            f"attn_implementation={NAME!r} needs a method: call sparse_attn.patch(model, 'anchor', ...), or "
+            f"sparse_attn.register('anchor', ...), or set config.{CONFIG} = {{'method': 'anchor', ...}}."
+        )
+    kept = module.__dict__.get(_LOADED)
+    if kept is None or kept[0] is not asked:  # asked anew, or a copy of the model
+        kept = module.__dict__[_LOADED] = (asked, _new_setting(module, config, asked))
+    return kept[1]
+
+
+def _new_setting(module: Any, config: Any, asked: Mapping[str, Any]) -> Setting:
+    recipe, common, by_layer = _read_request(NAME, asked)
+    number = getattr(module, "layer_idx", None)
+    if number in by_layer:
+        own = setting_of(by_layer[number], common["decode"], common["on_mask"])
+        return fit(module, own, "asked for by `layers`")
+    if recipe is None:
+        return fit(module, setting_of(common["attention"], common["decode"], common["on_mask"]))
+    named = getattr(config, "architectures", None)  # absent of a model that was never saved
+    fingerprint = Fingerprint.of(config, architecture=None if named else recipe.model.architecture)
+    recipe.check_model(fingerprint, strict=common["strict"])
+    if not isinstance(number, int):
+        raise ValueError(f"{NAME}: {type(module).__name__} carries no layer_idx, which a recipe needs.")
+    made = settings_of_recipe(recipe, [number], common["engine"], common["decode"], common["on_mask"])
+    return fit(module, made[number])
+
+
+# -- switching a model --------------------------------------------------------------------------------
+
+
+def check_is_model(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"enable: model is {type(model).__name__}; it must be a transformers PreTrainedModel."
+            f"patch: model is {type(model).__name__}; it must be a transformers PreTrainedModel."
         )
+
+
+def switch(model: Any) -> list[tuple[Any, str]]:
+    """Let a model call our attention; (config, attention before) of its parts, to undo it with."""
+    from transformers import PreTrainedModel
+
+    check_is_model(model)
+    _register()
     parts = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = list({id(config): config for config in parts}.values())
     before = [(config, config._attn_implementation) for config in configs]
@@ -197,14 +208,15 @@ def _switch(model: nn.Module) -> None:
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             raise ValueError(
-                f"enable: {type(model).__name__} does not use transformers' AttentionInterface, so its "
-                "attention cannot be replaced from outside; call the sparse_attn operators in its own code."
+                f"patch: {type(model).__name__} does not use transformers' AttentionInterface, so its "
+                "attention cannot be replaced from outside; call the sparse_attn operators in its own code, "
+                "or use sparse_attn.sdpa_patched where it calls scaled_dot_product_attention."
             )
     except BaseException:  # parts of the model may have switched already
         for config, implementation in before:
             config._attn_implementation = implementation
         raise
-    _previous[model] = before
+    return before
 
 
 # -- what transformers calls --------------------------------------------------------------------------
@@ -221,6 +233,7 @@ def attention_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    device: Any = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask that our attention function will be given; signature of `AttentionMaskInterface`.
@@ -228,6 +241,8 @@ def attention_mask(
     Returns:
         None where the keys are plainly causal (bottom-right aligned) or plainly all visible;
         bool [B, S], true on real tokens, where that holds but for padding;
+        bool [end] or [B, end] with end < S where it holds of the first `end` keys, and the others are
+        places of a static cache that nothing has been written to;
         bool [B, 1, L, S], true on visible keys, for everything else.
     """
     from transformers.masking_utils import (
@@ -237,18 +252,24 @@ def attention_mask(
         sdpa_mask,
     )
 
-    whole_window = local_size is not None and local_size >= kv_length
+    if attention_mask is not None and attention_mask.dim() == 1:
+        return attention_mask  # `generate` makes the mask of a static cache before the model makes it again
+    end = q_offset + q_length if isinstance(q_offset, int) else -1
+    whole_window = local_size is not None and local_size >= end
     plain = whole_window if local_size is not None else mask_function in (None, causal_mask_function)
-    ends_together = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    causal = plain and allow_is_causal_skip and ends_together
+    causal = plain and allow_is_causal_skip and 0 < end <= kv_offset + kv_length
     bidirectional = mask_function is bidirectional_mask_function and allow_is_bidirectional_skip
     if (bidirectional or causal) and kv_offset == 0:
-        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        padding = None if padding is None else padding[:, :kv_length]
-        return None if padding is None or bool(padding.all()) else padding
+        length = kv_length if bidirectional else end
+        padding = prepare_padding_mask(attention_mask, length, 0)
+        padding = None if padding is None else padding[:, :length]
+        if padding is not None and not bool(padding.all()):
+            return padding
+        return None if length == kv_length else torch.ones(length, dtype=torch.bool, device=device)
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function or causal_mask_function,
-        attention_mask, local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **kwargs,
+        attention_mask, local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
+        device=device, **kwargs,
     )  # fmt: skip
 
 
@@ -275,12 +296,7 @@ def attention_forward(
     Raises:
         ValueError: the model is not enabled, or asks for something no sparse method has.
     """
-    setting = _settings.get(module)
-    if setting is None:
-        raise ValueError(
-            f"attn_implementation={NAME!r} needs a method: call sparse_attn.integrations.transformers.enable("
-            "model, 'blasst', ...) on this very model (a copy of an enabled model has to be enabled again)."
-        )
+    setting = setting_for(module)
     if dropout:
         raise ValueError(
             f"{NAME}: dropout is {dropout}; set attention_dropout=0. Or use another attn_implementation."
@@ -288,18 +304,24 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     layer = getattr(module, "layer_idx", None) or 0
-    chosen = setting.attention
+    if attention_mask is not None and attention_mask.dim() < 4:
+        end = attention_mask.shape[-1]
+        if end < key.shape[2]:  # a static cache that is not full
+            key, value = key[:, :, :end], value[:, :, :end]
+        attention_mask = None if attention_mask.dim() == 1 else attention_mask
     extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if extras:
         return _eager(module, query, key, value, attention_mask, causal, scale, extras, kwargs), None
+    chosen = setting.attention if query.shape[2] > 1 else setting.decode
 
     def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert chosen is not None
         return chosen(q, k, v, layer=layer, is_causal=causal, scale=scale)
 
-    if _pending and (cached := _pending.pop(module, None)) is not None:
+    if (cached := getattr(module, PENDING, None)) is not None:
+        setattr(module, PENDING, None)
         out = cached.attend(query, key, value, attention_mask, sparse, scale)
-    elif chosen is None or (query.shape[2] == 1 and setting.decode == "dense"):
+    elif chosen is None:
         out = _dense(query, key, value, attention_mask, causal, scale)
     elif attention_mask is None:
         out = sparse(query, key, value)
@@ -370,7 +392,7 @@ def _each_sequence(
     return out
 
 
-def _fall_back(setting: _Setting, mask: Tensor, key_length: int) -> None:
+def _fall_back(setting: Setting, mask: Tensor, key_length: int) -> None:
     if mask.dim() == 2:
         what = "padding in bidirectional attention, or with holes inside a sequence,"
     else:

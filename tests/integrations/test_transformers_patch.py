@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 import sparse_attn as sa  # noqa: E402
-from sparse_attn.integrations.transformers import NAME, DenseFallbackWarning, enable  # noqa: E402
+from sparse_attn.integrations.transformers import NAME, DenseFallbackWarning  # noqa: E402
 from sparse_attn.methods import METHODS, Method  # noqa: E402
 from sparse_attn.methods import blasst as blasst_module  # noqa: E402
 
@@ -226,14 +227,30 @@ def test_patching_twice_and_unpatching_nothing() -> None:
     sa.patch(model, "dense")
     with pytest.raises(ValueError, match=r"patched already.*unpatch\(model\) first"):
         sa.patch(model, "blasst", threshold=0.0)
-    with pytest.raises(ValueError, match="a part or a copy"):
-        sa.unpatch(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="not a part of it"):
+        sa.unpatch(model.model)
+    with pytest.raises(ValueError, match="model that it belongs to is patched already"):
+        sa.patch(model.model, "dense")
     assert "dense" in sa.explain(model)
     sa.unpatch(model)
-    enable(model, "blasst", threshold=0.0)
-    with pytest.raises(ValueError, match="patched already"):
+    sa.patch(model.model, "dense")
+    with pytest.raises(ValueError, match="patch: model is patched already"):
         sa.patch(model, "dense")
-    sa.unpatch(model)
+    sa.unpatch(model.model)
+
+
+def test_a_copy_and_a_pickle_stay_patched() -> None:
+    model, ids = tiny_model(), tokens(1, 60)
+    stock = logits(model, ids)
+    sa.patch(model, "s2", **WINDOW)
+    sparse, file = logits(model, ids), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(logits(twin, ids), sparse)
+        sa.unpatch(twin)
+        assert torch.equal(logits(twin, ids), stock)
+    assert torch.equal(logits(model, ids), sparse), "a copy's unpatching is its own"
 
 
 BAD = {
