@@ -68,7 +68,8 @@ def patch(
     """Switch a transformers model to a sparse method, or to a recipe, until `unpatch`.
 
     Args:
-        model: a `PreTrainedModel` whose attention goes through `AttentionInterface`.
+        model: a `PreTrainedModel` whose attention goes through `AttentionInterface`; or a video transformer
+            of diffusers, see `sparse_attn.integrations.diffusers.patch`.
         method: a name of `sparse_attn.methods.METHODS`; or "dense"; or a function
             (query [B, Hq, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv], *, layer, is_causal, scale)
             -> out [B, Hq, L, Dv]; or a `Recipe`, or the path of its file (a string ends in ".json").
@@ -93,6 +94,11 @@ def patch(
     Example:
         >>> patch(model, "s2", local_blocks=8, layers={0: "dense", 1: ("blasst", {"threshold": 0.001})})
     """
+    if video := _video_adapter(model):
+        return video.patch(
+            model, method, config, layers=layers, engine=engine, decode=decode, on_mask=on_mask,
+            strict=strict, **options,
+        )  # fmt: skip
     _check_unpatched(model)
     check_switches("patch", decode, on_mask)
     recipe = as_recipe(method)
@@ -133,6 +139,8 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
+    if video := _video_adapter(model):
+        return video.unpatch(model)
     if not is_patched(model):
         raise ValueError(
             f"unpatch: this {type(model).__name__} is not patched; call it with the model that "
@@ -165,6 +173,15 @@ def patched(
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` holds for this very model, or for the one that it is a copy of."""
     return _RECORD in model.__dict__
+
+
+def _video_adapter(model: Any) -> Any:
+    """The adapter of diffusers, for a model of it (or a pipeline, which it refuses), else None."""
+    if all(cls.__module__.partition(".")[0] != "diffusers" for cls in type(model).__mro__):
+        return None
+    from sparse_attn.integrations import diffusers
+
+    return diffusers
 
 
 def attention_modules(model: nn.Module) -> list[tuple[str, Any]]:
@@ -260,6 +277,8 @@ def explain(model: nn.Module) -> str:
     Example:
         >>> print(explain(model))
     """
+    if video := _video_adapter(model):
+        return video.explain(model)
     name = type(model).__name__
     loaded = not is_patched(model) and adapter.is_loaded(model)
     if not is_patched(model) and not loaded:

@@ -248,4 +248,4 @@ def _stats(layout: SparseLayout, regions: AnchorRegions) -> AnchorStats:
     return AnchorStats(lengths.sum(-1), regions.offered)
 
 
-ANCHOR = Method("anchor", AnchorConfig, select, anchor_attention, causal=True)
+ANCHOR = Method("anchor", AnchorConfig, select, anchor_attention, causal=True, causal_only=True)

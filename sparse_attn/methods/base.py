@@ -44,6 +44,7 @@ class Method:
             softmax; scale is never None. Query and key heads may differ (GQA).
         op: the public operator.
         causal: whether the method is made for causal attention.
+        causal_only: it refuses any other.
         finish: optional (out, value, config) -> out, run after attention.
     """
 
@@ -53,6 +54,7 @@ class Method:
     op: Callable[..., Any]
     causal: bool
     finish: Callable[..., Tensor] | None = None
+    causal_only: bool = False
 
 
 def run(
