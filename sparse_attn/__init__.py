@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparse_attn.integrations.patching import patched as patched
     from sparse_attn.integrations.patching import unpatch as unpatch
     from sparse_attn.integrations.s2_cache import S2Cache as S2Cache
+    from sparse_attn.integrations.transformers import register as register
 
 __all__ = [
     "LayoutCache",
@@ -55,6 +56,7 @@ _LAZY = {
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",
+    "register": "transformers",
     "unpatch": "patching",
 }
 

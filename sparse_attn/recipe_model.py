@@ -19,10 +19,11 @@ _NAMES = {
     "head_dim": ("head_dim", "attention_head_dim"),
 }
 _WIDTHS = ("hidden_size", "n_embd")
-# Fields that change with the machine or the versions, not with the model.
+# Fields that change with the machine or the versions, not with the model; and the architecture, which is
+# compared by itself and absent until a model is first saved.
 _VOLATILE = frozenset(
     ("transformers_version", "torch_dtype", "dtype", "use_cache", "attn_implementation", "output_attentions",
-     "output_hidden_states", "return_dict", "quantization_config", "sparse_attention_config")
+     "architectures", "output_hidden_states", "return_dict", "quantization_config", "sparse_attention_config")
 )  # fmt: skip
 
 

@@ -149,10 +149,14 @@ def setting_for(module: nn.Module) -> Setting:
         ValueError: nobody said.
     """
     setting = getattr(module, ATTRIBUTE, None)
-    return _loaded_setting(module) if setting is None else setting
+    if setting is None:
+        _read_config(module)
+        setting = getattr(module, _LOADED)[1]
+    return setting
 
 
-def _loaded_setting(module: Any) -> Setting:
+def _read_config(module: Any) -> None:
+    """Make the setting of a layer that was not patched, unless it was made before from the same request."""
     config = getattr(module, "config", None)
     asked = _request_of(config)
     if asked is None:
@@ -162,8 +166,12 @@ def _loaded_setting(module: Any) -> Setting:
         )
     kept = module.__dict__.get(_LOADED)
     if kept is None or kept[0] is not asked:  # asked anew, or a copy of the model
-        kept = module.__dict__[_LOADED] = (asked, _new_setting(module, config, asked))
-    return kept[1]
+        setattr(module, _LOADED, (asked, _new_setting(module, config, asked)))
+
+
+# What makes a setting (a file, a hash) runs while a graph is traced, and is no part of it. This is what
+# torch.compiler.assume_constant_result sets; calling it would import Dynamo with this module.
+_read_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _new_setting(module: Any, config: Any, asked: Mapping[str, Any]) -> Setting:
@@ -402,7 +410,14 @@ def _fall_back(setting: Setting, mask: Tensor, key_length: int) -> None:
     if setting.window is not None and mask.dim() == 4 and key_length > setting.window:
         return  # the layer's own window, which `explain` names
     message = f"{NAME}: {what} is outside what sparse methods cover; this call ran dense under that mask."
-    warnings.warn(message, DenseFallbackWarning, stacklevel=3)
+    _warn(message)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DenseFallbackWarning, stacklevel=4)
+
+
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # once, while a graph is traced
 
 
 def _visible(L: int, S: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
