@@ -78,6 +78,26 @@ class Skewed:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Single keys: a random share of those that a group of `queries` queries can see, drawn for every
+    head and group."""
+
+    share: float
+    queries: int
+    block: int = 128
+
+
+@dataclass(frozen=True)
+class SkipTo:
+    """BLASST with the lambda, found by bisection on the case's data, at which the engine skips this share
+    of the visible tiles; 0 is lambda = 0, with the vote in the kernel and nothing skipped."""
+
+    sparsity: float
+    block_m: int = 128
+    block_n: int = 128
+
+
+@dataclass(frozen=True)
 class ByMethod:
     """Whatever a method's selector picks on the case's q and k.
 
@@ -90,7 +110,7 @@ class ByMethod:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-Pattern = Full | Random | Strided | Skewed | ByMethod
+Pattern = Full | Random | Strided | Skewed | Columns | SkipTo | ByMethod
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,8 @@ class Case:
             "bidirectional" or "video" (then `grid`).
         backward: time the gradients too.
         peers: names of providers to time beside ours; empty for every one that can run the case.
+        rivals: peers of which the fastest of each round counts (timed in any case).
+        group: cases of one shape and one group share tensors, rounds and dense baselines.
         rounds: how many times each provider is timed, in turn.
         gate_length: length at which the same pattern is checked against exact attention first.
         why: what the case stands for.
@@ -121,6 +143,8 @@ class Case:
     text_first: bool = False
     backward: bool = False
     peers: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
+    group: str = ""
     rounds: int = 15
     gate_length: int = 1100
     why: str = ""
@@ -158,7 +182,8 @@ class Bar:
     Attributes:
         name: as the table prints it.
         case, step: which row; step is "fwd", "bwd", "select", "attend" or "total".
-        metric: dotted path into the row, such as "sparse_efficiency" or "speed_vs.sdpa".
+        metric: dotted path into the row, such as "sparse_efficiency" or "speed_vs.sdpa";
+            "speed_vs_rivals" is met only if every rival of the case was timed.
         at_least, at_most: exactly one of them.
         how: how the number is computed, for the reader of the table.
     """

@@ -17,7 +17,8 @@ def method_inputs(case: Case) -> tuple[Any, Context]:
     """Config and context of a case whose pattern is `ByMethod`.
 
     SparseD without a step selects from the case's q and k at once, its own dense pass included; in a
-    generation that happens once. Sparse-vDiT gets the patterns of `VIDEO_PATTERNS` in turn.
+    generation that happens once. Sparse-vDiT gets the case's patterns, or those of
+    `VIDEO_PATTERNS`, head by head in turn.
 
     Raises:
         ValueError: no such method is registered.
@@ -28,9 +29,9 @@ def method_inputs(case: Case) -> tuple[Any, Context]:
         raise ValueError(f"bench: no method {pattern.method!r}; there are {', '.join(METHODS) or 'none'}.")
     options, context = dict(pattern.config), Context()
     if pattern.method == "vdit":
-        patterns = [VIDEO_PATTERNS[head % len(VIDEO_PATTERNS)] for head in range(case.q_heads)]
-        options = {"patterns": patterns, "grid": case.grid, **options}
-        options |= {"text_len": case.text_len, "text_first": case.text_first}
+        given = options.get("patterns", VIDEO_PATTERNS)
+        options["patterns"] = [given[head % len(given)] for head in range(case.q_heads)]
+        options |= {"grid": case.grid, "text_len": case.text_len, "text_first": case.text_first}
     if pattern.method == "sparsed":
         context = Context(prompt_len=int(case.length * PROMPT_SHARE))
     return METHODS[pattern.method].config(**options), context

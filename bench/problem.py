@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.attend import Attended, attend
-from sparse_attn.bench.cases import ByMethod, Case, Full, Random, Skewed, Strided
+from sparse_attn.bench.cases import ByMethod, Case, Columns, Full, Random, Skewed, SkipTo, Strided
 from sparse_attn.bench.method_setup import method_inputs
 from sparse_attn.layout import SparseLayout, visible_blocks
 from sparse_attn.layout_stats import visible_pairs
@@ -95,20 +95,28 @@ def build(
     """Make a case's tensors (or take those given) and its plan.
 
     Args:
-        engine: which engine counts the tiles that a skip rule keeps.
+        engine: which engine counts the tiles that a skip rule keeps; default: the one that is timed.
     """
     q, k, v = make_tensors(case, device, seed) if tensors is None else tensors
-    plan = select(case, q, k)
+    by_votes = isinstance(case.pattern, SkipTo)
+    plan = _skip_to(case, q, k, v, engine) if by_votes else select(case, q, k)
     if plan.skip_below is None:
         return Problem(case, q, k, v, plan, plan.layout.density(case.is_causal))
-    problem = Problem(case, q, k, v, plan, 1.0)
-    kept = problem.attend(engine, want_kept=True).kept
-    assert kept is not None
+    kept = _kept(Problem(case, q, k, v, plan, 1.0), engine)
     layout = plan.layout
     seen = SparseLayout.from_dense_mask(
         kept.bool(), block_m=layout.block_m, block_n=layout.block_n, L=layout.L, S=layout.S
     )
     return Problem(case, q, k, v, plan, seen.density(case.is_causal), kept)
+
+
+def _kept(problem: Problem, engine: str | None) -> Tensor:
+    from sparse_attn.bench.providers import our_engine
+
+    engine = engine or our_engine(problem, allow_reference=True)
+    kept = problem.attend(engine, want_kept=True).kept
+    assert kept is not None
+    return kept
 
 
 def select(case: Case, q: Tensor, k: Tensor) -> Plan:
@@ -133,7 +141,52 @@ def select(case: Case, q: Tensor, k: Tensor) -> Plan:
                 stride=pattern.stride, device=device,
             )
         )  # fmt: skip
+    if isinstance(pattern, Columns):
+        return Plan(_columns(case, pattern, device))
+    assert isinstance(pattern, Skewed), f"{case.name}: {pattern} needs values and an engine, see `build`"
     return Plan(_skewed(case, pattern, device))
+
+
+HALVINGS = 16  # of the interval of ln(lambda): to within 0.001
+
+
+def _skip_to(case: Case, q: Tensor, k: Tensor, v: Tensor, engine: str | None) -> Plan:
+    """Every tile, with the one lambda for all heads that skips the wanted share of the visible ones."""
+    pattern, L = case.pattern, case.length
+    assert isinstance(pattern, SkipTo)
+    layout = SparseLayout.full(L, L, block_m=pattern.block_m, block_n=pattern.block_n, device=q.device)
+
+    def plan(log_lambda: float) -> Plan:
+        return Plan(layout, torch.full((1, case.q_heads), log_lambda, device=q.device))
+
+    if pattern.sparsity == 0:
+        return plan(-torch.inf)
+    seen = case.q_heads
+    if case.is_causal:
+        seen *= int(visible_blocks(L, L, pattern.block_m, pattern.block_n, q.device).sum())
+    else:
+        seen *= layout.num_query_blocks * layout.num_key_blocks
+    low, high = -64.0, 0.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        kept = _kept(Problem(case, q, k, v, plan(middle), 1.0), engine)
+        skipped = 1 - int(kept.sum(dtype=torch.int64)) / seen
+        low, high = (middle, high) if skipped < pattern.sparsity else (low, middle)
+    return plan(high)
+
+
+def _columns(case: Case, pattern: Columns, device: torch.device) -> SparseLayout:
+    L, block, group = case.length, pattern.block, pattern.queries // pattern.block
+    last = (torch.arange(ceil(L / pattern.queries), device=device) + 1) * pattern.queries
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (1, case.q_heads, last.numel(), L)
+    columns = torch.rand(shape, generator=generator, device=device) < pattern.share
+    if case.is_causal:
+        columns &= torch.arange(L, device=device) < last[:, None]
+    blocks = torch.zeros(1, 1, ceil(L / block), ceil(L / block), dtype=torch.bool, device=device)
+    return SparseLayout.from_dense_mask(
+        blocks, block_m=block, block_n=block, L=L, S=L, columns=columns, column_group=group
+    )
 
 
 def _random_scores(case: Case, block_m: int, block_n: int, device: torch.device) -> Tensor:

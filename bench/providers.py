@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import site
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attn.bench.problem import Problem
 from sparse_attn.engines import ENGINES, AttendCall
+from sparse_attn.layout import SparseLayout
 
 NO_CUDA = "timed on CUDA only"
 
@@ -147,11 +152,21 @@ def _flex_make(problem: Problem) -> Forward:
 
 
 def _missing(module: str) -> str | None:
+    _read_path_files()
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         found = None
     return None if found else f"{module} is not installed"
+
+
+@cache
+def _read_path_files() -> None:
+    """CUTLASS's Python package is found through a .pth file, which Python reads in site-packages only:
+    read it too where the peers were unpacked into a folder of PYTHONPATH."""
+    for folder in list(sys.path):
+        if (Path(folder) / "nvidia_cutlass_dsl_packages.pth").exists():
+            site.addsitedir(folder)
 
 
 def _flash(name: str, module: str, *, has_backward: bool = True) -> Provider:
@@ -173,12 +188,42 @@ def _flash(name: str, module: str, *, has_backward: bool = True) -> Provider:
     return Provider(name, True, why_not, make, has_backward)
 
 
+def _paged_why_not(problem: Problem) -> str | None:
+    if problem.q.device.type != "cuda":
+        return NO_CUDA
+    return "needs 16 bits" if problem.q.dtype == torch.float32 else _missing("flash_attn_interface")
+
+
+def _paged_make(problem: Problem) -> Forward:
+    """Dense attention through a page table with pages of one token, in their order in memory: what
+    FlashAttention-3 loses when it gathers keys one by one."""
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    length, device = problem.case.length, problem.q.device
+    pages = torch.arange(length, dtype=torch.int32, device=device)[None]
+    lengths = torch.tensor([length], dtype=torch.int32, device=device)
+    k, v = (x[0].transpose(0, 1).contiguous()[:, None] for x in (problem.k, problem.v))  # [pages, 1, H, D]
+
+    def forward(q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:
+        out = flash_attn_with_kvcache(
+            q.transpose(1, 2), k, v, cache_seqlens=lengths, page_table=pages,
+            softmax_scale=problem.scale, causal=problem.case.is_causal, num_splits=1,
+        )  # fmt: skip
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return forward
+
+
+def _narrow_lists(layout: SparseLayout) -> tuple[Tensor, Tensor]:
+    """`to_count_index`, no wider than its longest row."""
+    counts, indices = layout.to_count_index()
+    return counts, indices[..., : max(int(counts.max()), 1)].contiguous()
+
+
 def _fa4_sparse_why_not(problem: Problem) -> str | None:
     layout = problem.plan.layout
     if problem.q.device.type != "cuda":
         return NO_CUDA
-    if problem.case.is_causal:
-        return "timed without a causal edge"
     if (layout.block_m, layout.block_n) not in ((128, 128), (64, 64)):
         return "takes blocks of 128x128 or 64x64"
     return _block_list_only(problem) or _missing("flash_attn.cute")
@@ -188,8 +233,8 @@ def _fa4_sparse_make(problem: Problem) -> Forward:
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
-    layout = problem.plan.layout
-    counts, indices = layout.to_count_index()
+    layout, causal = problem.plan.layout, problem.case.is_causal
+    counts, indices = _narrow_lists(layout)
     lists = BlockSparseTensorsTorch(
         torch.zeros_like(counts), torch.zeros_like(indices), counts, indices,
         block_size=(layout.block_m, layout.block_n),
@@ -197,7 +242,45 @@ def _fa4_sparse_make(problem: Problem) -> Forward:
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = flash_attn_func(q, k, v, softmax_scale=problem.scale, block_sparse_tensors=lists)
+        out = flash_attn_func(q, k, v, softmax_scale=problem.scale, causal=causal, block_sparse_tensors=lists)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return forward
+
+
+def _fa4_mask_why_not(problem: Problem) -> str | None:
+    layout = problem.plan.layout
+    if not problem.case.is_causal or layout.block_m != layout.block_n:
+        return "for causal lists of square blocks"
+    return _fa4_sparse_why_not(problem)
+
+
+def _fa4_mask_make(problem: Problem) -> Forward:
+    """The causal edge as a mask of the diagonal blocks alone; the others go through the unmasked list,
+    where `causal=True` would mask every block."""
+    import cutlass.cute as cute
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    @cute.jit
+    def causal_edge(batch, head, query, key, lengths, tensors):
+        return key <= query
+
+    layout = problem.plan.layout
+    on_edge = torch.eye(layout.num_query_blocks, dtype=torch.bool, device=layout.device)
+    mask, sizes = layout.block_mask(), {"L": layout.L, "S": layout.S}
+    blocks = {"block_m": layout.block_m, "block_n": layout.block_n}
+    edge, rest = (
+        _narrow_lists(SparseLayout.from_dense_mask(mask & part, **blocks, **sizes))
+        for part in (on_edge, on_edge.logical_not())
+    )
+    lists = BlockSparseTensorsTorch(*edge, *rest, block_size=(layout.block_m, layout.block_n))
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = flash_attn_func(
+            q, k, v, softmax_scale=problem.scale, mask_mod=causal_edge, block_sparse_tensors=lists
+        )
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return forward
@@ -218,15 +301,17 @@ def _bsa_make(problem: Problem) -> Forward:
     from cudnn import BSA
 
     layout = problem.plan.layout
-    counts, indices = layout.to_count_index()
+    counts, indices = _narrow_lists(layout)
     counts, indices = (
         x.expand(1, problem.case.q_heads, *x.shape[2:]).contiguous() for x in (counts, indices)
     )
+    shortest, longest = int(counts.min()), int(counts.max())
+    numbers = None if shortest == longest > 0 else counts  # rows of one length need no counts
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = BSA.block_sparse_attention_forward(
-            q, k, v, indices, q2k_block_nums=counts, sparse_block_size=layout.block_m,
-            softmax_scale=problem.scale, allow_empty_block_nums=True,
+            q, k, v, indices, q2k_block_nums=numbers, sparse_block_size=layout.block_m,
+            softmax_scale=problem.scale, allow_empty_block_nums=shortest == 0,
         )  # fmt: skip
         return result["o_tensor"]
 
@@ -241,11 +326,13 @@ PROVIDERS: dict[str, Provider] = {
         _sdpa("sdpa", None),
         _sdpa("sdpa-cudnn", "CUDNN_ATTENTION"),
         _sdpa("sdpa-flash", "FLASH_ATTENTION"),
-        _flash("fa2", "flash_attn"),
+        _flash("fa2", "flash_attn.flash_attn_interface"),
         _flash("fa3", "flash_attn_interface", has_backward=False),
         _flash("fa4", "flash_attn.cute"),
+        Provider("fa3-page1", True, _paged_why_not, _paged_make, has_backward=False),
         Provider("flex", False, _flex_why_not, _flex_make),
         Provider("fa4-sparse", False, _fa4_sparse_why_not, _fa4_sparse_make, has_backward=False),
+        Provider("fa4-sparse-mask", False, _fa4_mask_why_not, _fa4_mask_make, has_backward=False),
         Provider("cudnn-bsa", False, _bsa_why_not, _bsa_make, has_backward=False),
     ]
 }

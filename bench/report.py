@@ -18,27 +18,34 @@ class Verdict:
 
     bar: Bar
     measured: float | None
+    engine: str = ""
+    absent: tuple[str, ...] = ()
 
     @property
     def met(self) -> bool:
-        return self.measured is not None and self.bar.met(self.measured)
+        return self.measured is not None and not self.absent and self.bar.met(self.measured)
 
     @property
     def word(self) -> str:
-        return "not measured" if self.measured is None else "met" if self.met else "SHORT"
+        if self.measured is None:
+            return "not measured"
+        word = "met" if self.bar.met(self.measured) else "SHORT"
+        return f"{word}, without {', '.join(self.absent)}" if self.absent else word
 
 
 def judge(bars: list[Bar], rows: list[Row]) -> list[Verdict]:
-    """Each bar with the value of its row (of ours; of one case there is one row a step)."""
-    return [Verdict(bar, _find(bar, rows)) for bar in bars]
+    """Each bar with the value of its row (of ours; of one case and step the latest)."""
+    return [_verdict(bar, rows) for bar in bars]
 
 
-def _find(bar: Bar, rows: list[Row]) -> float | None:
-    for row in rows:
+def _verdict(bar: Bar, rows: list[Row]) -> Verdict:
+    for row in reversed(rows):
         same = row["case"] == bar.case and row["step"] == bar.step
         if same and row["provider"].startswith("ours"):
-            return lookup(row, bar.metric)
-    return None
+            absent = row.get("rivals", {}).get("absent", ()) if bar.metric == "speed_vs_rivals" else ()
+            engine = row["provider"].removeprefix("ours-")
+            return Verdict(bar, lookup(row, bar.metric), engine, tuple(absent))
+    return Verdict(bar, None)
 
 
 def lookup(row: Row, path: str) -> float | None:
@@ -86,13 +93,13 @@ def _print_plain(title: str, header: list[str], cells: list[list[str]]) -> None:
 def print_rows(rows: list[Row]) -> None:
     """Times of every case and provider."""
     timed = [row for row in rows if "ms" in row]
-    names = "case provider step ms p10 p90 density TFLOPS eff. recall p1 error"
+    names = "case provider step ms p10 p90 host_us density TFLOPS eff. recall p1 error"
     header = [*names.split(), "speed against"]
     cells = [
         [
             row["case"], row["provider"], row["step"],
             f"{row['ms']['median']:.3f}", f"{row['ms']['p10']:.3f}", f"{row['ms']['p90']:.3f}",
-            f"{row['density']:.4f}",
+            _number(row, "host_us", 0), f"{row['density']:.4f}",
             *(_number(row, *item) for item in (
                 ("tflops", 2), ("sparse_efficiency", 3), ("mass_recall.mean", 4), ("mass_recall.p1", 4),
                 ("output_error", 4),
@@ -155,10 +162,13 @@ def print_absent(absent: dict[str, str]) -> None:
 def print_verdicts(verdicts: list[Verdict]) -> None:
     """The table bar / measured / met."""
     cells = [
-        [v.bar.name, v.bar.how, v.bar.limit, "-" if v.measured is None else f"{v.measured:.4g}", v.word]
+        [
+            v.bar.name, v.bar.how, v.engine, v.bar.limit,
+            "-" if v.measured is None else f"{v.measured:.4g}", v.word,
+        ]
         for v in verdicts
-    ]
-    print_table("bars", ["bar", "computed as", "limit", "measured", "verdict"], cells)
+    ]  # fmt: skip
+    print_table("bars", ["bar", "computed as", "engine", "limit", "measured", "verdict"], cells)
 
 
 # -- picture --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if __name__ == "__main__" and sys.path and Path(sys.path[0]).resolve() == Path(_
 
 import torch
 
+from sparse_attn.bench.cases import Bar, Case
 from sparse_attn.bench.report import (
     Row,
     judge,
@@ -40,7 +41,11 @@ from sparse_attn.version import __version__
 with contextlib.suppress(ImportError):  # the script needs none
     import typer
 
-SUITES = ("smoke", "cpu", "triton", "methods", "memory")
+SUITES = ("smoke", "cpu", "triton", "hopper", "methods", "memory")
+PEER_PACKAGES = (
+    "flash-attn", "flash-attn-4", "tokenspeed-fa3", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl",
+    "quack-kernels",
+)  # fmt: skip
 
 
 class CannotRun(RuntimeError):
@@ -65,6 +70,7 @@ def stamp() -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda or "",
             "triton": _version("triton"),
+            **{name: version for name in PEER_PACKAGES if (version := _version(name))},
         },
     }
 
@@ -107,6 +113,7 @@ def run_suite(
     heads: int | None = None,
     budget_s: float | None = None,
     picture: str | None = None,
+    only: str | None = None,
 ) -> int:
     """Run one suite, print its tables, write its rows.
 
@@ -117,6 +124,8 @@ def run_suite(
         device: "cpu" or "cuda"; default: cuda where there is one (cpu for the suite cpu).
         length, heads: size of the suites methods and memory.
         budget_s: cases that would start later than this are left out; default for triton: 240.
+        only: comma-separated prefixes of case names; the other cases and their bars are left out, and rows
+            are added to the file instead of replacing it.
         picture: write a plot of sparse efficiency against density to this file.
 
     Returns:
@@ -127,10 +136,12 @@ def run_suite(
     device = device or ("cuda" if torch.cuda.is_available() and suite != "cpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise CannotRun("torch sees no CUDA device.")
-    if suite == "triton" and device != "cuda":
-        raise CannotRun("the suite triton needs a CUDA device; on this machine run the suite cpu.")
+    if suite in ("triton", "hopper") and device != "cuda":
+        raise CannotRun(f"the suite {suite} needs a CUDA device; on this machine run the suite cpu.")
+    if suite == "memory" and only is not None:
+        raise ValueError("bench: the suite memory takes no --only; it is one table.")
     budget_s = 240.0 if budget_s is None and suite == "triton" else budget_s
-    path, where, start = _path(out, suite, device), stamp(), time.perf_counter()
+    path, where, start = _path(out, suite, device, fresh=only is None), stamp(), time.perf_counter()
 
     def keep(rows: list[Row]) -> None:
         for row in rows:
@@ -141,7 +152,7 @@ def run_suite(
 
     reference = suite in ("smoke", "methods", "memory")
     options = Options(device, engine, reference, budget_s, _log, keep)
-    outcome, bars = _run(suite, options, length, heads)
+    outcome, bars = _run(suite, options, length, heads, only)
     print_rows(outcome.rows)
     print_absent(outcome.absent)
     verdicts = judge(bars, outcome.rows)
@@ -157,7 +168,9 @@ def run_suite(
     return 1 if outcome.red or not outcome.rows or not all(v.met for v in verdicts) else 0
 
 
-def _run(suite: str, options: Options, length: int | None, heads: int | None) -> tuple[Outcome, list]:
+def _run(
+    suite: str, options: Options, length: int | None, heads: int | None, only: str | None
+) -> tuple[Outcome, list[Bar]]:
     on_gpu = options.device == "cuda"
     if suite == "memory":
         from sparse_attn.bench.memory import FULL_HEADS, FULL_LENGTH, memory_bars, run_memory
@@ -169,17 +182,37 @@ def _run(suite: str, options: Options, length: int | None, heads: int | None) ->
         cases = method_cases(length or (32768 if on_gpu else 4096), heads or (16 if on_gpu else 4), on_gpu)
     else:
         cases = CASES[suite]
-    return run_cases(cases, options), BARS[suite]
+    bars = BARS[suite]
+    if only is not None:
+        cases = chosen(cases, only)
+        names = {case.name for case in cases}
+        bars = [bar for bar in bars if bar.case in names]
+    return run_cases(cases, options), bars
 
 
-def _path(out: str | None, suite: str, device: str) -> Path | None:
+def chosen(cases: list[Case], only: str) -> list[Case]:
+    """The cases whose name starts with one of the comma-separated words.
+
+    Raises:
+        ValueError: a word fits none.
+    """
+    words = [word.strip() for word in only.split(",") if word.strip()]
+    idle = [word for word in words if not any(case.name.startswith(word) for case in cases)]
+    if idle or not words:
+        names = ", ".join(case.name for case in cases)
+        raise ValueError(f"bench: no case starts with {', '.join(idle) or repr(only)}; there are {names}.")
+    return [case for case in cases if case.name.startswith(tuple(words))]
+
+
+def _path(out: str | None, suite: str, device: str, *, fresh: bool) -> Path | None:
     if out is None:
         return None
     path = Path(out)
     if path.suffix != ".jsonl":
         path = path / f"{suite}-{device}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
+    if fresh:
+        path.unlink(missing_ok=True)
     return path
 
 
@@ -204,10 +237,11 @@ def bench_command(
     heads: Annotated[int | None, typer.Option(help="Query heads (suites methods and memory).")] = None,
     budget_s: Annotated[float | None, typer.Option(help="Start no case later than this.")] = None,
     picture: Annotated[str | None, typer.Option("--plot", help="Write a plot to this file.")] = None,
+    only: Annotated[str | None, typer.Option(help="Prefixes of case names, comma-separated.")] = None,
     show: Annotated[str | None, typer.Option(help="Print the tables of this .jsonl file instead.")] = None,
 ) -> None:
     """Time sparse attention beside its peers and say which bars are met."""
-    options = {"out": out, "engine": engine, "device": device, "length": length, "heads": heads}
+    options = {"out": out, "engine": engine, "device": device, "length": length, "heads": heads, "only": only}
     status = show_file(show) if show else _finish(suite, **options, budget_s=budget_s, picture=picture)
     sys.exit(status)
 
@@ -241,6 +275,7 @@ def main() -> int:
     parser.add_argument("--heads", type=int, help="query heads (suites methods and memory)")
     parser.add_argument("--budget-s", type=float, help="start no case later than this")
     parser.add_argument("--plot", dest="picture", help="write a plot to this file")
+    parser.add_argument("--only", help="prefixes of case names, comma-separated")
     parser.add_argument("--show", help="print the tables of this .jsonl file instead")
     options = vars(parser.parse_args())
     show = options.pop("show")

@@ -6,8 +6,8 @@ import gc
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from sparse_attn.bench.gate import GateError, agrees, check_small, check_spots
 from sparse_attn.bench.method_setup import method_inputs
 from sparse_attn.bench.problem import Problem, build, make_tensors, select
 from sparse_attn.bench.providers import OURS, PROVIDERS, Provider, our_engine, why_no_engine
+from sparse_attn.bench.rows import Entry, Row, make_rows, one_row
 from sparse_attn.bench.timing import Times, measure, paired_ratio
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods import METHODS
 from sparse_attn.plan import Plan
 
-Row = dict[str, Any]
+METHOD_STEPS = ("select", "attend", "total")  # of a method: alone, alone, and its whole call
+
 Log = Callable[[str], None]
 
 
@@ -49,16 +51,22 @@ class Options:
 
 @dataclass
 class Outcome:
-    """What a suite found: rows for the JSONL, wrong results, and what was left out and why."""
+    """What a suite found: rows for the JSONL, wrong results, what was left out and why, and why nothing
+    more could be measured."""
 
     rows: list[Row] = field(default_factory=list)
     red: list[str] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
+    lost: str | None = None
 
     def leave_out(self, what: str, reason: str, log: Log) -> None:
         if reason not in self.absent.values():  # the table at the end has them all
             log(f"  without {what}: {reason}")
         self.absent[what] = reason
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers no more: nothing after an illegal access in the same process can be believed."""
 
 
 def run_cases(cases: Iterable[Case], options: Options) -> Outcome:
@@ -76,9 +84,15 @@ def run_cases(cases: Iterable[Case], options: Options) -> Outcome:
             continue
         num_rows = len(outcome.rows)
         try:
+            if outcome.lost is not None:
+                raise DeviceLost(outcome.lost)
             _run_group(members, options, outcome)
         except torch.OutOfMemoryError as error:
             outcome.leave_out(names, f"out of memory: {str(error).splitlines()[0]}", log)
+        except DeviceLost as error:
+            outcome.lost = str(error)
+            outcome.leave_out(names, outcome.lost, log)
+            continue
         options.on_rows(outcome.rows[num_rows:])
         gc.collect()
         if options.device == "cuda":
@@ -89,57 +103,65 @@ def run_cases(cases: Iterable[Case], options: Options) -> Outcome:
 
 def _tensor_key(case: Case) -> tuple:
     shape = (case.q_heads, case.kv_heads, case.length, case.head_dim, case.dtype)
-    return (*shape, case.is_causal, case.data, case.grid, case.backward)
-
-
-@dataclass
-class _Entry:
-    """One provider on one problem."""
-
-    provider: Provider
-    problem: Problem
-    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-    @property
-    def key(self) -> str:
-        name = self.provider.name
-        return name if self.provider.dense else f"{self.problem.case.name}/{name}"
-
-    @property
-    def is_ours(self) -> bool:
-        """Ours on the case's own pattern (our dense baseline is a dense provider like any other)."""
-        return self.provider in OURS
-
-    @property
-    def is_dense_time(self) -> bool:
-        return self.provider.dense or (self.is_ours and self.problem.case.is_dense)
+    return (*shape, case.is_causal, case.data, case.grid, case.backward, case.group)
 
 
 def _run_group(cases: list[Case], options: Options, outcome: Outcome) -> None:
     device, log = options.device, options.log
     tensors = make_tensors(cases[0], device)
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for case in cases:
         found = _ours(case, tensors, options, outcome)
         if found is not None:
             entries += [found, *_peers(found, outcome, {e.key for e in entries}, log)]
     if not any(e.is_ours for e in entries):
         return
-    _ensure_dense_of_ours(entries)
+    _ensure_dense_of_ours(entries, options, outcome)
     rounds = min(case.rounds for case in cases)
-    outcome.rows += _rows(entries, measure(_forward_runs(entries), device, rounds=rounds), "fwd")
+
+    def drop(key: str, error: Exception) -> None:
+        _dropped(key, error, outcome, log)
+
+    timed = partial(measure, device=device, drop=drop)
+    outcome.rows += make_rows(entries, timed(_forward_runs(entries), rounds=rounds), "fwd")
     for entry in entries:
         if isinstance(entry.problem.case.pattern, ByMethod) and entry.is_ours:
-            outcome.rows += _method_rows(entry, [e for e in entries if e.is_dense_time], device, rounds)
+            dense = [e for e in entries if e.is_dense_time and e.key not in outcome.absent]
+            outcome.rows += _method_rows(entry, dense, partial(timed, rounds=rounds))
     if cases[0].backward:
         runs = _backward_runs([e for e in entries if e.provider.has_backward], outcome, log)
-        able = [e for e in entries if e.key in runs]
-        outcome.rows += _rows(able, measure(runs, device, rounds=max(rounds // 2, 3)), "bwd")
+        outcome.rows += make_rows(entries, timed(runs, rounds=max(rounds // 2, 3)), "bwd")
+
+
+def _dropped(key: str, error: Exception, outcome: Outcome, log: Log) -> None:
+    """A run that had worked raised while it was timed."""
+    reason = _reason(error)
+    if key in METHOD_STEPS or key.split("/")[-1].startswith("ours"):
+        outcome.red.append(f"{key}: {reason}")
+        log(f"RED {key}: {reason}")
+    else:
+        outcome.leave_out(key, reason, log)
+
+
+def _reason(error: Exception) -> str:
+    """One line of an exception.
+
+    Raises:
+        DeviceLost: the GPU does not work any more.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    reason = f"{type(error).__name__}: {lines[0][:200]}"
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        raise DeviceLost(f"the GPU was lost to {reason}") from error
+    return reason
 
 
 def _ours(
     case: Case, tensors: tuple[Tensor, Tensor, Tensor], options: Options, outcome: Outcome
-) -> _Entry | None:
+) -> Entry | None:
     """Our entry of a case once both gates are green."""
     try:
         problem = build(case, options.device, tensors=tensors, engine=options.engine)
@@ -149,7 +171,7 @@ def _ours(
             return None
         check_small(case, engine, options.device)
         provider = PROVIDERS[f"ours-{engine}"]
-        entry = _Entry(provider, problem, provider.make(problem))
+        entry = Entry(provider, problem, provider.make(problem))
         check_spots(problem, entry.forward(*tensors), provider.name)
         return entry
     except NotImplementedError as error:
@@ -157,19 +179,20 @@ def _ours(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a wrong result, or a crash: either way the case is red, the others go on
-        text = str(error) if isinstance(error, GateError) else f"{case.name}: {type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, GateError) else f"{case.name}: {_reason(error)}"
         outcome.red.append(text)
         options.log(f"RED {text}")
     return None
 
 
-def _peers(ours: _Entry, outcome: Outcome, have: set[str], log: Log) -> list[_Entry]:
+def _peers(ours: Entry, outcome: Outcome, have: set[str], log: Log) -> list[Entry]:
     """The peers that run this problem and agree with us on what it computes."""
     problem, found = ours.problem, []
     case, dense_problem = problem.case, _dense(problem)
     tensors = (problem.q, problem.k, problem.v)
     dense_out = None
-    for name in case.peers or (n for n, p in PROVIDERS.items() if p not in OURS):
+    everyone = () if case.rivals else tuple(n for n, p in PROVIDERS.items() if p not in OURS)
+    for name in dict.fromkeys((*case.peers, *case.rivals)) or everyone:
         provider = PROVIDERS[name]
         target = dense_problem if provider.dense else problem
         if provider.dense and name in have:
@@ -187,16 +210,13 @@ def _peers(ours: _Entry, outcome: Outcome, have: set[str], log: Log) -> list[_En
     return found
 
 
-def _try_peer(provider: Provider, problem: Problem, want: Tensor) -> tuple[_Entry | None, str | None]:
+def _try_peer(provider: Provider, problem: Problem, want: Tensor) -> tuple[Entry | None, str | None]:
     """The peer's entry, or the reason why it is left out. Compiles what it compiles."""
     try:
-        entry = _Entry(provider, problem, provider.make(problem))
+        entry = Entry(provider, problem, provider.make(problem))
         reason = agrees(entry.forward(problem.q, problem.k, problem.v), want)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # another project's code: any failure of it is a reason
-        lines = str(error).strip().splitlines() or [""]
-        reason = f"{type(error).__name__}: {lines[0][:200]}"
+        reason = _reason(error)
     return (entry, None) if reason is None else (None, reason)
 
 
@@ -209,25 +229,34 @@ def _dense(problem: Problem) -> Problem:
     return Problem(case, problem.q, problem.k, problem.v, Plan(layout), 1.0)
 
 
-def _ensure_dense_of_ours(entries: list[_Entry]) -> None:
-    """Our own dense time counts among the dense baselines even where no case of the group is dense."""
+def _ensure_dense_of_ours(entries: list[Entry], options: Options, outcome: Outcome) -> None:
+    """Our own dense time counts among the dense baselines even where no case of the group is dense: that
+    of the first engine that can, which may not be the one that runs the case."""
     if any(e.is_ours and e.is_dense_time for e in entries):
         return
     first = next(e for e in entries if e.is_ours)
     problem = _dense(first.problem)
-    dense = Provider(f"{first.provider.name}-dense", True, lambda _: None, first.provider.make)
-    entries.append(_Entry(dense, problem, first.provider.make(problem)))
+    engine = our_engine(problem, options.engine, allow_reference=options.allow_reference)
+    fastest = PROVIDERS[f"ours-{engine}"] if engine else first.provider
+    for provider in dict.fromkeys((fastest, first.provider)):
+        dense = Provider(f"{provider.name}-dense", True, lambda _: None, provider.make)
+        want = first.provider.make(problem)(problem.q, problem.k, problem.v)
+        entry, reason = _try_peer(dense, problem, want)
+        if entry is not None:
+            entries.append(entry)
+            return
+        outcome.red.append(f"{dense.name} beside {first.key}: {reason}")
 
 
-def _forward_runs(entries: list[_Entry]) -> dict[str, Callable[[], object]]:
-    def bind(entry: _Entry) -> Callable[[], object]:
+def _forward_runs(entries: list[Entry]) -> dict[str, Callable[[], object]]:
+    def bind(entry: Entry) -> Callable[[], object]:
         tensors = (entry.problem.q, entry.problem.k, entry.problem.v)
         return lambda: entry.forward(*tensors)
 
     return {entry.key: bind(entry) for entry in entries}
 
 
-def _backward_runs(entries: list[_Entry], outcome: Outcome, log: Log) -> dict[str, Callable[[], object]]:
+def _backward_runs(entries: list[Entry], outcome: Outcome, log: Log) -> dict[str, Callable[[], object]]:
     runs: dict[str, Callable[[], object]] = {}
     for entry in entries:
         leaves = [x.detach().requires_grad_() for x in (entry.problem.q, entry.problem.k, entry.problem.v)]
@@ -248,52 +277,10 @@ def _grad_run(out: Tensor, leaves: list[Tensor], grad: Tensor) -> Callable[[], o
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-# -- rows -----------------------------------------------------------------------------------------
+# -- methods --------------------------------------------------------------------------------------
 
 
-def _rows(entries: list[_Entry], times: dict[str, Times], step: str) -> list[Row]:
-    dense = {e.key: times[e.key] for e in entries if e.is_dense_time}
-    best = min(dense, key=lambda key: dense[key].median) if dense else None
-    rows = []
-    for entry in entries:
-        mine, problem = times[entry.key], entry.problem
-        row = _row(problem.case, entry.provider.name, step, mine, problem.density)
-        if entry.provider.dense:
-            row["case"] = _dense_name(problem.case)
-        row["tflops"] = float(f"{problem.tflops(mine.median, backward=step == 'bwd'):.5g}")
-        if best is not None and not entry.provider.dense:
-            row["best_dense"] = best.split("/")[-1]
-            row["sparse_efficiency"] = round(paired_ratio(dense[best], mine) * problem.density, 4)
-        if entry.is_ours:
-            others = [e for e in entries if e.provider.dense or e.problem is problem]
-            row["speed_vs"] = {
-                e.provider.name: round(paired_ratio(times[e.key], mine), 4) for e in others if e is not entry
-            }
-        rows.append(row)
-    return rows
-
-
-def _dense_name(case: Case) -> str:
-    edge = "causal" if case.is_causal else "full"
-    return f"dense h{case.q_heads}/{case.kv_heads} s{case.length} d{case.head_dim} {case.dtype} {edge}"
-
-
-def _row(case: Case, provider: str, step: str, times: Times, density: float) -> Row:
-    return {
-        "case": case.name,
-        "provider": provider,
-        "step": step,
-        "ms": times.summary(),
-        "rounds": len(times.rounds),
-        "density": round(density, 6),
-        "shape": {
-            "q_heads": case.q_heads, "kv_heads": case.kv_heads, "length": case.length,
-            "head_dim": case.head_dim, "dtype": case.dtype, "is_causal": case.is_causal, "data": case.data,
-        },
-    }  # fmt: skip
-
-
-def _method_rows(entry: _Entry, dense: list[_Entry], device: str, rounds: int) -> list[Row]:
+def _method_rows(entry: Entry, dense: list[Entry], timed: Callable[..., dict[str, Times]]) -> list[Row]:
     """Selection, attention and the whole call apart, in one set of rounds with the dense baselines; with
     the whole call, what the method loses against dense attention of the same engine."""
     problem, case = entry.problem, entry.problem.case
@@ -304,14 +291,18 @@ def _method_rows(entry: _Entry, dense: list[_Entry], device: str, rounds: int) -
         "attend": lambda: entry.forward(*tensors),
         "total": lambda: whole_call(problem, engine),
     }
-    steps = list(runs)
-    times = measure(runs | _forward_runs(dense), device, rounds=rounds)
-    rows = [_row(case, entry.provider.name, step, times[step], problem.density) for step in steps]
+    times = timed(runs | _forward_runs(dense))
+    steps = [step for step in runs if step in times]
+    rows = [one_row(case, entry.provider.name, step, times[step], problem.density) for step in steps]
+    dense = [e for e in dense if e.key in times]
+    if "total" not in times or not dense:
+        return rows
     best = min(dense, key=lambda e: times[e.key].median)
     total = rows[-1]
     total["best_dense"] = best.provider.name
     total["sparse_efficiency"] = round(paired_ratio(times[best.key], times["total"]) * problem.density, 4)
     total["speed_vs"] = {e.provider.name: round(paired_ratio(times[e.key], times["total"]), 4) for e in dense}
+    total["tflops_vs"] = {name: round(gain * problem.density, 4) for name, gain in total["speed_vs"].items()}
     return [*rows[:-1], total | quality(problem, engine)]
 
 

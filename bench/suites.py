@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparse_attn.bench.cases import Bar, ByMethod, Case, Full, Random, Skewed, Strided, from_shape
+from sparse_attn.bench.hopper_suite import HOPPER_BARS, HOPPER_CASES
 
 _PEER_SPEED = "median over paired rounds of (FlexAttention time / ours), same BlockMask, same process"
 _SDPA_SPEED = "median over paired rounds of (torch SDPA time / ours)"
@@ -120,5 +121,7 @@ SMOKE_CASES = [
     Case("smoke-d0.25", 2, 1, 300, 32, Random(0.25, 64, 64), "float32", rounds=3, gate_length=300),
 ]
 
-CASES = {"cpu": _cpu_cases(), "triton": TRITON_CASES, "smoke": SMOKE_CASES}
-BARS: dict[str, list[Bar]] = {"cpu": _cpu_bars(), "triton": TRITON_BARS, "methods": [], "smoke": []}
+CASES = {"cpu": _cpu_cases(), "triton": TRITON_CASES, "hopper": HOPPER_CASES, "smoke": SMOKE_CASES}
+BARS: dict[str, list[Bar]] = {
+    "cpu": _cpu_bars(), "triton": TRITON_BARS, "hopper": HOPPER_BARS, "methods": [], "smoke": [],
+}  # fmt: skip

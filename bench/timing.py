@@ -2,6 +2,10 @@
 
 A machine's speed drifts (clocks, other processes). Medians of separate runs carry that drift into a
 ratio; here each round times every provider once, and ratios are formed inside a round.
+
+On CUDA a call has two costs: what the GPU does, and what the host spends until the call returns. Events
+around a call measure the first only if the GPU never waits for the host, so it is kept busy with a spin
+while the host launches; the second is taken apart, with a clock.
 """
 
 from __future__ import annotations
@@ -9,21 +13,29 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 Run = Callable[[], object]
 
 MIN_CPU_SAMPLE_MS = 20.0  # shorter calls are repeated, so that the clock and the call overhead vanish
+SPIN_MS = 2.0  # longer than the host takes to launch any call here
 L2_FLUSH_BYTES = 256 << 20  # as triton.testing.do_bench: larger than any L2 cache of today
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one provider, one value a round."""
+    """Milliseconds of one provider, one value a round.
+
+    Attributes:
+        rounds: on CUDA, the GPU's time; on CPU, the call's.
+        host_us: on CUDA, microseconds until the call returned; empty on CPU.
+    """
 
     rounds: list[float]
+    host_us: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -56,8 +68,20 @@ def paired_ratio(above: Times, below: Times) -> float:
     return statistics.median(a / b for a, b in zip(above.rounds, below.rounds, strict=True))
 
 
+def paired_best_ratio(above: list[Times], below: Times) -> float:
+    """Median over rounds of (the fastest of `above` in that round) / below."""
+    fastest = Times([min(values) for values in zip(*(x.rounds for x in above), strict=True)])
+    return paired_ratio(fastest, below)
+
+
 def measure(
-    runs: dict[str, Run], device: str, *, rounds: int, warmup: int = 2, budget_s: float | None = None
+    runs: dict[str, Run],
+    device: str,
+    *,
+    rounds: int,
+    warmup: int = 2,
+    budget_s: float | None = None,
+    drop: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Times]:
     """Time every run once a round, in an order that rotates from round to round.
 
@@ -66,20 +90,34 @@ def measure(
         device: "cpu" or "cuda".
         rounds: at most this many; at least 3.
         budget_s: stop after the third or a later round once this much time is gone.
+        drop: told of a run that raises, which is then left out of the result; it may raise itself.
+            None lets the exception through.
     """
     once = _CudaClock() if device == "cuda" else _CpuClock()
-    for run in runs.values():
+    runs, times = dict(runs), {name: Times([]) for name in runs}
+
+    def guarded(name: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            if drop is None:
+                raise
+            drop(name, error)
+            del runs[name], times[name]
+
+    for name, run in list(runs.items()):
         for _ in range(warmup if device == "cuda" else 1):
-            once.warm(run)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    names, start = list(runs), time.perf_counter()
+            if name in runs:
+                guarded(name, partial(once.warm, run))
+    start = time.perf_counter()
     for number in range(max(rounds, 3)):
-        shift = number % len(names)
+        names = list(runs)
+        shift = number % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(once(name, runs[name]))
+            guarded(name, partial(once, name, runs[name], times[name]))
         if budget_s is not None and number >= 2 and time.perf_counter() - start > budget_s:
             break
-    return {name: Times(values) for name, values in samples.items()}
+    return times
 
 
 class _CpuClock:
@@ -89,7 +127,7 @@ class _CpuClock:
     def warm(self, run: Run) -> None:
         run()
 
-    def __call__(self, name: str, run: Run) -> float:
+    def __call__(self, name: str, run: Run, times: Times) -> None:
         repeats = self.repeats.get(name, 1)
         start = time.perf_counter()
         for _ in range(repeats):
@@ -98,23 +136,39 @@ class _CpuClock:
         if name not in self.repeats:
             self.repeats[name] = max(1, round(MIN_CPU_SAMPLE_MS / max(ms, 1e-3)))
             if self.repeats[name] > 1:
-                return self(name, run)
-        return ms / repeats
+                return self(name, run, times)
+        times.rounds.append(ms / repeats)
 
 
 class _CudaClock:
     def __init__(self) -> None:
         self.flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self.spin_cycles = self._cycles(SPIN_MS)
 
     def warm(self, run: Run) -> None:
         run()
         torch.cuda.synchronize()
 
-    def __call__(self, name: str, run: Run) -> float:
+    def __call__(self, name: str, run: Run, times: Times) -> None:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        torch.cuda._sleep(self.spin_cycles)
         start.record()
+        begun = time.perf_counter()
         run()
+        host_us = (time.perf_counter() - begun) * 1e6
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end)
+        times.rounds.append(start.elapsed_time(end))
+        times.host_us.append(host_us)
+
+    @staticmethod
+    def _cycles(ms: float, probe: int = 1_000_000) -> int:
+        """Cycles that the GPU spins for about so many milliseconds."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):  # the first one wakes the clocks up
+            start.record()
+            torch.cuda._sleep(probe)
+            end.record()
+            torch.cuda.synchronize()
+        return round(ms / start.elapsed_time(end) * probe)

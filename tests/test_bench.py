@@ -266,7 +266,7 @@ def test_rows_hold_what_was_measured(rows):
 
 
 def test_sparse_efficiency_is_best_dense_time_by_density(monkeypatch):
-    def fake(runs, device, rounds):
+    def fake(runs, device, rounds, drop):
         ms = {name: 10.0 if name == "sdpa" else 8.0 if "full" in name else 4.0 for name in runs}
         return {name: Times([value] * 3) for name, value in ms.items()}
 
