@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparse_attn.integrations.patching import patched as patched
     from sparse_attn.integrations.patching import unpatch as unpatch
     from sparse_attn.integrations.s2_cache import S2Cache as S2Cache
+    from sparse_attn.integrations.sdpa import sdpa_patched as sdpa_patched
     from sparse_attn.integrations.transformers import register as register
 
 __all__ = [
@@ -57,6 +58,7 @@ _LAZY = {
     "patch": "patching",
     "patched": "patching",
     "register": "transformers",
+    "sdpa_patched": "sdpa",
     "unpatch": "patching",
 }
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from sparse_attn.integrations.settings import (
     ATTRIBUTE,
@@ -437,6 +438,6 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     plain_causal = mask is None and causal and L > 1 and L == S  # SDPA's own is_causal is upper-left aligned
     if not plain_causal:
         mask = _visible(L, S, mask, causal, q.device)
-    return nn.functional.scaled_dot_product_attention(
+    return scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
