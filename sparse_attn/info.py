@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparse_attn import build, library
+from sparse_attn import build, kernel_resources, library
 from sparse_attn.engines import ENGINES, AttendCall
 from sparse_attn.layout import SparseLayout
 from sparse_attn.version import __version__
@@ -79,6 +79,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "built": _built(),
+        "kernels": kernel_resources.of_library("cuda"),
         "engines": {name: engine.why_off() for name, engine in ENGINES.items()},
         "methods": method_table(),
         "environment": {
@@ -205,6 +206,8 @@ def markdown_table(table: dict[str, dict[str, dict[str, Any]]] | None = None) ->
 def render(facts: dict[str, Any]) -> str:
     """The facts of `collect` as text."""
     parts = [_head(facts), _engines(facts), _methods(facts)]
+    if facts["built"].get("cuda", {}).get("path"):
+        parts.append(kernel_resources.render(facts["kernels"]))
     if facts["environment"]:
         lines = [
             f"  {name}={value}" + (f"  ({VARIABLES[name]})" if name in VARIABLES else "")

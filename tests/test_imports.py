@@ -146,7 +146,7 @@ FLOORS = (
         "plan",
         "schedule",
     ),
-    ("build", "library", "kernels", "engines"),
+    ("build", "library", "kernel_resources", "kernels", "engines"),
     ("checks", "ops", "attend"),
     ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
