@@ -315,6 +315,12 @@ def test_forward_mode_raises_instead_of_a_zero_tangent():
         )
 
 
+def test_functional_gradients_raise_with_the_remedy():
+    q, k, v, layout = small()
+    with pytest.raises(NotImplementedError, match=r"func\.grad.* not supported.*torch\.autograd\.grad"):
+        torch.func.grad(lambda x: sparse_attention(x, k, v, layout, enable_gqa=True).sum())(q)
+
+
 def test_no_grad_means_no_graph():
     q, k, v, layout = small(requires_grad=True)
     with torch.no_grad():
