@@ -69,7 +69,8 @@ def make_rows(entries: list[Entry], times: dict[str, Times], step: str) -> list[
                 fastest = min(own_dense, key=lambda x: x.median)
                 row["own_efficiency"] = round(paired_ratio(fastest, mine) * problem.density, 4)
             row |= _against_rivals(problem.case, mine, {e.provider.name: times[e.key] for e in others})
-            if isinstance(problem.case.pattern, SkipTo) and problem.plan.skip_below is not None:
+            if isinstance(problem.case.pattern, SkipTo) and problem.case.pattern.sparsity > 0:
+                assert problem.plan.skip_below is not None
                 row["ln_lambda"] = problem.plan.skip_below.flatten()[0].item()
         rows.append(row)
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -96,7 +95,7 @@ def test_lambda_is_found_for_a_sparsity(sparsity):
     seen = case.q_heads * 19 * 20 / 2
     assert 1 - problem.kept.sum().item() / seen == pytest.approx(sparsity, abs=0.01)
     (row,) = [r for r in run_cases([replace(case, peers=("sdpa",))], QUIET).rows if r["case"] == "tiny"]
-    assert row["ln_lambda"] == (-math.inf if sparsity == 0 else pytest.approx(row["ln_lambda"], abs=64))
+    assert ("ln_lambda" in row) == (sparsity > 0) and row.get("ln_lambda", -1) < 0
     assert row["density"] == pytest.approx(problem.density, abs=1e-5)
 
 
