@@ -136,7 +136,7 @@ def _attend_fwd_autograd(keyset, *args):
     if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
-                "sparse_attn: torch.func.grad, vjp and jacrev are not supported, nor is vmap over inputs that "
+                "sparse_attn: torch.func.grad, vjp and jacrev are not supported, nor vmap over inputs that "
                 "require grad; use backward or torch.autograd.grad."
             )
         return _AttendFwd.apply(keyset, *args)
