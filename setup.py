@@ -85,7 +85,11 @@ top_level = {f"sparse_attn.{name}": name for name in ("kernels", "bench", "csrc"
 setup(
     packages=[*packages, *top_level],
     package_dir=top_level,
-    package_data={"sparse_attn": ["recipe_schema.json"], "sparse_attn.csrc": ["**/*"]},
+    package_data={
+        "sparse_attn": ["recipe_schema.json"],
+        "sparse_attn.csrc": ["**/*"],
+        "sparse_attn.search": ["cost_tables/*.json"],
+    },
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": LibraryWheel},
     distclass=LibraryDistribution,
 )

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "sparse_attn.demo.command:demo_command",
     "bench": "sparse_attn.bench.run:bench_command",
     "recipe": "sparse_attn.recipe_command:recipe_command",
+    "search": "sparse_attn.search.commands:search_command",
 }
 
 

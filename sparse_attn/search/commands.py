@@ -1,0 +1,267 @@
+"""`sparse-attn search`: from a language model and a text to a recipe."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sparse_attn.demo.model import LoadedModel, MissingAssetError, load_model
+from sparse_attn.demo.text import read_text
+from sparse_attn.search.candidates import Shape, default_candidates, distinct, load_candidates
+from sparse_attn.search.cost import CostTable
+from sparse_attn.search.models import LanguageModel
+from sparse_attn.search.run import Budget, Found, PaperRule, Search, recipe_attention, sdpa_layer, search
+
+DEMO = "demo"
+CHARACTERS = 16  # of a text that are tokenised for each token wanted; English has about 4
+
+
+def search_command(
+    model: Annotated[str, typer.Argument(help="A transformers model directory, or 'demo' (SmolLM2-135M).")],
+    text: Annotated[
+        Path | None, typer.Option(help="A text file to calibrate on; default: the demo's text.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.json"),
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="perplexity=1%, error=0.05 (relative, root mean square) or divergence=0.01 (nats)."
+        ),
+    ] = "perplexity=1%",
+    tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 4096,
+    samples: Annotated[int, typer.Option(help="Samples that candidates are measured on.")] = 1,
+    checks: Annotated[
+        int, typer.Option(help="Further samples that recipes are tried on; 0: on those measured.")
+    ] = 1,
+    methods: Annotated[
+        str | None, typer.Option(help="Comma-separated: window and names of methods; default: all that fit.")
+    ] = None,
+    candidates: Annotated[
+        Path | None, typer.Option(help="Your own candidates, a JSON list, beside these.")
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="measured (predicted time) or paper (Sparse-vDiT's Eq. 2).")
+    ] = "measured",
+    penalty: Annotated[float, typer.Option(help="lambda of the paper's rule.")] = 0.5,
+    epsilon: Annotated[float, typer.Option(help="epsilon of the paper's rule.")] = 1.0,
+    cost_table: Annotated[Path | None, typer.Option(help="Times of another device than this one's.")] = None,
+    queries: Annotated[
+        int | None, typer.Option(help="Measure on this many queries of a sample; default all.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where measurements are kept; default OUT without .json + .search")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an earlier search.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the tokens drawn for the divergence.")] = 0,
+    held_out: Annotated[Path | None, typer.Option(help="Another text: report the perplexity on it.")] = None,
+) -> None:
+    """Find the cheapest attention of every layer and head that keeps a language model's output.
+
+    What is measured is kept beside the recipe; a search that was killed goes on with --resume. Ctrl-C
+    writes a partial recipe of the layers that were measured.
+    """
+    messages = Console(stderr=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        rule: Budget | PaperRule = (
+            PaperRule(penalty, epsilon) if _mode(mode) == "paper" else parse_budget(budget)
+        )
+        loaded, language = _load(model, text, tokens, samples, checks)
+        names = None if methods is None else [x.strip() for x in methods.split(",") if x.strip()]
+        f = language.fingerprint
+        shape = Shape(tokens, f.num_heads, f.num_kv_heads, f.head_dim)
+        own = [] if candidates is None else load_candidates(candidates)
+        options = {
+            "candidates": distinct([*default_candidates(shape, names), *own]),
+            "table": None if cost_table is None else CostTable.load(cost_table),
+            "num_queries": queries, "seed": seed, "resume": resume,
+        }  # fmt: skip
+        folder = out.with_name(f"{out.stem}.search") if work is None else work
+        if dry_run:
+            _say_plan(language, options, folder, out, messages)
+            return
+        with _Bar(messages) as bar:
+            found = search(language, rule, work=folder, progress=bar, **options)
+        found.recipe.save(out)
+        print_found(found, out, folder, Console())
+        if held_out is not None:
+            _held_out(loaded, language, found, held_out, tokens, Console())
+    except (MissingAssetError, ValueError, NotImplementedError) as error:
+        messages.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        messages.print("interrupted before any layer was measured; nothing was written.")
+        raise typer.Exit(130) from None
+    if found.recipe.partial:
+        raise typer.Exit(130)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _mode(mode: str) -> str:
+    if mode not in ("measured", "paper"):
+        raise ValueError(f"search: --mode is {mode!r}; use measured or paper.")
+    return mode
+
+
+def parse_budget(text: str) -> Budget:
+    """ "perplexity=1%" -> Budget(perplexity=0.01).
+
+    Raises:
+        ValueError: not of this form, or out of range.
+    """
+    name, _, number = text.partition("=")
+    names = {"perplexity": "perplexity", "error": "relative_error", "divergence": "divergence"}
+    try:
+        value = float(number.strip().removesuffix("%")) * (0.01 if number.strip().endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if name.strip() not in names or not value > 0:
+        raise ValueError(f"search: --budget is {text!r}; use perplexity=1%, error=0.05 or divergence=0.01.")
+    return Budget(**{names[name.strip()]: value})
+
+
+# -- the model and its samples --------------------------------------------------------------------------
+
+
+def _load(
+    model: str, text: Path | None, tokens: int, samples: int, checks: int
+) -> tuple[LoadedModel, LanguageModel]:
+    if samples < 1 or checks < 0 or tokens < 2:
+        raise ValueError("search: --samples and --tokens must be positive, --checks at least 0.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaded = load_model(None if model == DEMO else Path(model), device=device, dtype=dtype)
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise ValueError(f"search: --tokens is {tokens}; {loaded.name} reads at most {longest}.")
+    ids = text_samples(loaded, _read(text), tokens, samples + checks).to(device)
+    return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
+
+
+def _read(path: Path | None) -> str:
+    if path is None:
+        return read_text()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"search: {path}: {error}") from None
+
+
+def text_samples(loaded: LoadedModel, text: str, tokens: int, count: int) -> torch.Tensor:
+    """int64 [count, tokens]: stretches of a text that begin at even distances.
+
+    Raises:
+        ValueError: the text is too short.
+    """
+    rows = []
+    for n in range(count):
+        start = n * len(text) // count
+        end = min(start + tokens * CHARACTERS, (n + 1) * len(text) // count)
+        numbers = loaded.encode(text[start:end])[:tokens]
+        if len(numbers) < tokens:
+            raise ValueError(
+                f"search: the text gives sample {n + 1} of {count} only {len(numbers)} of {tokens} tokens; "
+                "pass a longer one, or fewer --samples, --checks or --tokens."
+            )
+        rows.append(numbers)
+    return torch.tensor(rows)
+
+
+# -- what is printed ------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """Progress on a terminal, with the time left of each stage."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        self.task = self.bar.add_task(name, total=total)
+
+    def advance(self) -> None:
+        if self.task is not None:
+            self.bar.advance(self.task)
+
+    def note(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False)
+
+
+def print_found(found: Found, out: Path, folder: Path, console: Console) -> None:
+    s = found.summary
+    faster = s["dense_time_us"] / s["time_us"]
+    kind = "partial recipe" if found.recipe.partial else "recipe"
+    console.print(
+        f"{kind} {out}: attended density {s['density']:.3f}, predicted attention time "
+        f"{s['time_us'] / 1e3:.1f} ms of {s['dense_time_us'] / 1e3:.1f} ms dense ({faster:.2f}x), mass "
+        f"recall {s['recall']:.3f}, relative error {s['relative_error']:.3f}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    counts: dict[str, int] = {}
+    for c in found.choice.tolist():
+        label = found.candidates[c].label
+        counts[label] = counts.get(label, 0) + 1
+    for label, count in sorted(counts.items(), key=lambda x: -x[1]):
+        console.print(f"  {count:4d} heads  {label}", highlight=False)
+    console.print(
+        f"measurements: {folder}   picture: sparse-attn report {out}", highlight=False, soft_wrap=True
+    )
+
+
+def _held_out(
+    loaded: LoadedModel, language: LanguageModel, found: Found, path: Path, tokens: int, console: Console
+) -> None:
+    ids = text_samples(loaded, _read(path), tokens, 1).to(language.ids.device)
+    before = language.loss_on(ids, sdpa_layer)
+    after = language.loss_on(ids, recipe_attention(found.recipe, language.phase))
+    e = torch.tensor([before, after]).exp().tolist()
+    console.print(
+        f"held out, {path.name}: perplexity {e[0]:.4f} dense, {e[1]:.4f} with the recipe "
+        f"({100 * (e[1] / e[0] - 1):+.2f} %)"
+    )
+
+
+def _say_plan(
+    language: LanguageModel, options: dict[str, Any], folder: Path, out: Path, console: Console
+) -> None:
+    """What a search would do, and a guess of its time from one dense pass and one measured layer."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = Search(language, scratch, **(options | {"resume": False}))
+        f, start = language.fingerprint, time.perf_counter()
+        language.run(0, sdpa_layer)
+        one_pass = time.perf_counter() - start
+        start = time.perf_counter()
+        trial.measure_first_layer()
+        layer = time.perf_counter() - start
+    total = language.num_samples * (4 * one_pass + f.num_layers * layer) + 5 * one_pass
+    console.print(
+        f"would measure {len(trial.options)} candidates on {f.num_layers} layers of {f.num_heads} heads, "
+        f"{language.num_samples} sample(s) of {language.length} tokens, into {folder}; solve; write {out}.\n"
+        f"about {total / 60:.0f} min: {one_pass:.1f} s a pass, {layer:.1f} s a layer for all candidates.\n"
+        "candidates: " + ", ".join(c.label for c in trial.options),
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,77 @@
+"""Small pictures of what heads attend to, and of what each candidate keeps, for the report."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from sparse_attn.attend import Attended
+from sparse_attn.layout import SparseLayout
+from sparse_attn.plan import Plan
+from sparse_attn.recipe_files import write_whole
+from sparse_attn.scoring import block_mass
+from sparse_attn.search.measure import Call
+
+GRID = 32  # cells a side
+LOWEST = 1e-4  # of a query's mass in a cell: drawn white at and below this
+
+
+def layer_maps(
+    call: Call, reference: Attended, drawn: Sequence[tuple[Plan, Attended]]
+) -> dict[str, np.ndarray]:
+    """Pictures of one layer, of the first sequence of its batch.
+
+    Returns:
+        truth: uint8 [heads, GRID, GRID], attention mass a query gives to a cell, on a logarithmic scale.
+        kept: uint8 [candidates, heads, GRID, GRID], share of a cell's pairs on the candidate's lists.
+    """
+    L, S, heads = call.q.shape[2], call.k.shape[2], call.q.shape[1]
+    m, n = -(-L // GRID), -(-S // GRID)
+    mass = block_mass(
+        call.q[:1],
+        call.k[:1],
+        reference.lse[:1],
+        block_m=m,
+        block_n=n,
+        scale=call.scale,
+        is_causal=call.is_causal,
+    )
+    level = (mass[0] / m / LOWEST).clamp(min=1).log() / torch.tensor(1 / LOWEST).log()
+    truth = _fit((level.clamp(0, 1) * 255).round())
+    kept = [_kept(plan, result, heads) for plan, result in drawn]
+    return {"truth": truth.to(torch.uint8).numpy(), "kept": torch.stack(kept).numpy()}
+
+
+def _fit(grid: Tensor) -> Tensor:
+    """Pad to GRID x GRID: short sequences have fewer cells."""
+    return torch.nn.functional.pad(grid, (0, GRID - grid.shape[-1], 0, GRID - grid.shape[-2]))
+
+
+def _kept(plan: Plan, result: Attended, heads: int) -> Tensor:
+    """uint8 [heads, GRID, GRID]"""
+    layout = plan.layout
+    blocks = layout.block_mask()[:1] if result.kept is None else result.kept[:1].bool()
+    share = adaptive_avg_pool2d(blocks.float(), (GRID, GRID))
+    if layout.columns is not None:
+        share = share + _columns(layout)
+    share = share[0]
+    share = share if share.shape[0] == heads else share.repeat_interleave(heads // share.shape[0], 0)
+    return (share.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def _columns(layout: SparseLayout) -> Tensor:
+    mask = layout.column_mask()
+    assert mask is not None
+    return adaptive_avg_pool2d(mask[:1].float(), (GRID, GRID))
+
+
+def save_maps(path: Path, maps: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **maps)  # type: ignore[arg-type]
+    write_whole(path, buffer.getvalue())

@@ -1,0 +1,198 @@
+"""Models as a search sees them: something to run over calibration samples with another attention.
+
+`LanguageModel` is a causal (or bidirectional) model of transformers reading text; `CallableModel` is any
+function whose attention goes through `torch.nn.functional.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from sparse_attn.recipe_model import Fingerprint, hash_tensors
+from sparse_attn.search.capture import AttentionFunction, intercept_sdpa, sdpa
+
+# (layer, gradient [B, Hq, L, Dv])
+KeepGradient = Callable[[int, Tensor], None]
+
+
+class Model(Protocol):
+    """What `search` needs of a model."""
+
+    fingerprint: Fingerprint
+    calibration_hash: str
+    num_samples: int
+    phase: str
+    length: int
+
+    def run(self, sample: int, attention: AttentionFunction) -> None:
+        """One pass over a calibration sample with `attention` in every layer, in their order."""
+
+    def gradients(self, sample: int, keep: KeepGradient, seed: int) -> bool:
+        """Give `keep` the gradient of the log-likelihood by each layer's attention output.
+
+        Returns:
+            Whether the model has such a thing.
+        """
+
+    def loss(self, attention: AttentionFunction) -> float | None:
+        """Mean negative log-likelihood a token, in nats, over all calibration samples; None where the
+        model has none."""
+
+
+class LanguageModel:
+    """A language model of transformers.
+
+    Args:
+        model: a `PreTrainedModel` in evaluation mode whose attention goes through `AttentionInterface`.
+        ids: int64 [samples, T], the tokens that it reads.
+        check: int64 [samples, T], what recipes are tried on; default: `ids`.
+        chunk: rows of logits made at once.
+    """
+
+    phase = "prefill"
+
+    def __init__(self, model: Any, ids: Tensor, *, check: Tensor | None = None, chunk: int = 512) -> None:
+        if ids.dim() != 2 or ids.shape[1] < 2:
+            raise ValueError(
+                f"search: ids have shape {tuple(ids.shape)}; expected [samples, 2 or more tokens]."
+            )
+        self.model, self.ids, self.chunk = model, ids, chunk
+        self.check = ids if check is None else check
+        self.fingerprint = Fingerprint.of(model)
+        self.calibration_hash = hash_tensors([ids] if check is None else [ids, check])
+        self.num_samples, self.length = ids.shape
+
+    def run(self, sample: int, attention: AttentionFunction) -> None:
+        with torch.no_grad(), _attending(self.model, attention):
+            self.model.base_model(self.ids[sample : sample + 1], use_cache=False)
+
+    def gradients(self, sample: int, keep: KeepGradient, seed: int) -> bool:
+        """Of the log-likelihood of tokens drawn from the model's own predictions, which makes the mean
+        of (g . change)^2 / 2 the Fisher information's estimate of the divergence. Layers are recomputed in
+        the backward pass, so that one layer's activations are held at a time."""
+        generator = torch.Generator(device=self.ids.device).manual_seed(seed * 1_000_003 + sample)
+        model, ids = self.model, self.ids[sample : sample + 1]
+
+        def attention(
+            q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float
+        ) -> Tensor:
+            out = sdpa(q, k, v, is_causal=is_causal, scale=scale)
+            if out.requires_grad:
+                out.register_hook(lambda g: keep(layer, g))
+            return out
+
+        with _attending(model, attention), _recomputing(model), torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            states = hidden.detach()[0].requires_grad_()
+            for rows in states.split(self.chunk):
+                logits = self._logits(rows)
+                with torch.no_grad():
+                    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+                (-cross_entropy(logits, drawn, reduction="sum")).backward()
+            hidden.backward(states.grad[None])
+        return True
+
+    def loss(self, attention: AttentionFunction) -> float | None:
+        return self.loss_on(self.check, attention)
+
+    @torch.no_grad()
+    def loss_on(self, ids: Tensor, attention: AttentionFunction | None = None) -> float:
+        """Mean negative log-likelihood, nats, of tokens 1.. of each row; `attention` None: the model's."""
+        total = 0.0
+        for row in ids.split(1):
+            if attention is None:
+                hidden = self.model.base_model(row, use_cache=False).last_hidden_state
+            else:
+                with _attending(self.model, attention):
+                    hidden = self.model.base_model(row, use_cache=False).last_hidden_state
+            pairs = zip(hidden[0, :-1].split(self.chunk), row[0, 1:].split(self.chunk), strict=True)
+            for states, targets in pairs:
+                total += cross_entropy(self._logits(states), targets, reduction="sum").item()
+        return total / (ids.shape[0] * (ids.shape[1] - 1))
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """float32 [rows, vocabulary]"""
+        logits = self.model.get_output_embeddings()(states).float()
+        config = self.model.config
+        cap = getattr(config, "final_logit_softcapping", None)
+        if cap is not None:
+            return cap * torch.tanh(logits / cap)
+        scale = getattr(config, "logit_scale", None)
+        divide = getattr(config, "logits_scaling", None)
+        return logits * (1 if scale is None else scale) / (1 if divide is None else divide)
+
+
+def _attending(model: Any, attention: AttentionFunction):
+    from sparse_attn.integrations.patching import patched
+
+    return patched(model, attention)
+
+
+class _recomputing:
+    """Context manager: decoder layers keep no activations but their inputs.
+
+    transformers checkpoints a layer only where it is in training mode; the flag is set on the layer alone,
+    not on what it holds, so that dropout stays off.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and m is not model]
+
+    def __enter__(self) -> None:
+        self.before = [(m, m.training, m.gradient_checkpointing) for m in self.layers]
+        for m in self.layers:
+            m.training, m.gradient_checkpointing = True, True
+            if not hasattr(m, "_gradient_checkpointing_func"):
+                m._gradient_checkpointing_func = _checkpoint
+
+    def __exit__(self, *_: object) -> None:
+        for m, training, checkpointing in self.before:
+            m.training, m.gradient_checkpointing = training, checkpointing
+
+
+def _checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+class CallableModel:
+    """Any function whose attention goes through `scaled_dot_product_attention`.
+
+    Args:
+        function: called with one sample; what it returns is ignored.
+        samples: calibration inputs.
+        fingerprint: of the model; its number of layers says how many self-attention calls a pass makes.
+        length: tokens of a sequence.
+        calibration_hash: of the inputs; see `hash_tensors`.
+        phase: "prefill" or "denoising".
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        samples: Sequence[Any],
+        fingerprint: Fingerprint,
+        *,
+        length: int,
+        calibration_hash: str,
+        phase: str = "prefill",
+    ) -> None:
+        self.function, self.samples = function, list(samples)
+        self.fingerprint, self.calibration_hash = fingerprint, calibration_hash
+        self.num_samples, self.phase, self.length = len(self.samples), phase, length
+
+    def run(self, sample: int, attention: AttentionFunction) -> None:
+        with torch.no_grad(), intercept_sdpa(attention, self.fingerprint.num_layers):
+            self.function(self.samples[sample])
+
+    def gradients(self, sample: int, keep: KeepGradient, seed: int) -> bool:
+        return False
+
+    def loss(self, attention: AttentionFunction) -> float | None:
+        return None

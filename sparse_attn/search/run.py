@@ -1,0 +1,510 @@
+"""The search: measure every candidate on every head of a model, then choose.
+
+    model = LanguageModel(loaded, ids)
+    found = search(model, Budget(perplexity=0.01), work="llama.search")
+    found.recipe.save("llama.recipe.json")
+
+One pass over each calibration sample visits the layers in order; at each, all candidates run on the very
+queries, keys and values of the dense model, one layer in memory at a time. The choice then is a knapsack
+(`solve.py`), and where the model has a loss, the error budget is set by trying recipes on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_attn.engines import ENGINES
+from sparse_attn.layout_stats import visible_pairs
+from sparse_attn.recipe import LayerPlan, Recipe, run_layer
+from sparse_attn.search.candidates import Candidate, Shape, default_candidates, distinct
+from sparse_attn.search.capture import query_runs, sdpa
+from sparse_attn.search.cost import CostTable, select_key, shipped_table
+from sparse_attn.search.cost_measure import one_thread, select_seconds
+from sparse_attn.search.maps import layer_maps, save_maps
+from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
+from sparse_attn.search.models import Model
+from sparse_attn.search.predict import Measured, collect, copies_us, plans
+from sparse_attn.search.solve import Problem, greedy_at_error, paper_greedy, solve
+from sparse_attn.search.work import WorkFolder
+
+# How many times the estimated divergence a recipe's measured loss is found to rise; only where a search
+# starts. Measured on SmolLM2-135M: 1.3 to 1.5.
+FIRST_RATIO = 1.4
+TRIALS = 6  # recipes tried on the model for one budget
+CLOSE = 0.92  # a recipe that uses this share of its budget is good enough
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a recipe may change the model. Exactly one is given.
+
+    Attributes:
+        perplexity: relative rise of the perplexity over the calibration samples, 0.01 for one percent.
+        divergence: sum of the estimated divergences of all heads, nats a token.
+        relative_error: root mean square over all heads of |out - dense| / |dense|.
+    """
+
+    perplexity: float | None = None
+    divergence: float | None = None
+    relative_error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in asdict(self).items() if v is not None}
+        if len(given) != 1 or not all(0 < x < math.inf for x in given.values()):
+            raise ValueError(
+                f"search: the budget is {given or 'empty'}; give one of perplexity, divergence and "
+                "relative_error, above 0."
+            )
+
+
+@dataclass(frozen=True)
+class PaperRule:
+    """The search of Sparse-vDiT (section 4.2) instead of the knapsack: the candidate of least
+    MSE + penalty * (1 - S_i), or full attention where all exceed epsilon."""
+
+    penalty: float = 0.5
+    epsilon: float = 1.0
+
+
+class Progress(Protocol):
+    def stage(self, name: str, total: int) -> None: ...
+    def advance(self) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    def stage(self, name: str, total: int) -> None: ...
+    def advance(self) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search gives.
+
+    Attributes:
+        recipe: partial where the search was interrupted.
+        measured: the numbers behind it. choice: candidate of each head.
+        candidates: what was on offer.
+        summary: what the report shows, as JSON.
+    """
+
+    recipe: Recipe
+    measured: Measured
+    choice: np.ndarray
+    candidates: list[Candidate]
+    summary: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Search:
+    """One search, step by step; `search` runs it.
+
+    Args:
+        model: see `models.Model`.
+        work: folder for measurements.
+        candidates: default: `default_candidates` for the model's shape. The first must be dense.
+        table: default: the one that ships for this device.
+        num_queries: queries of a sample to measure (`query_runs`); default all.
+        seed: of the tokens drawn for the divergence.
+        resume: go on with an earlier search in `work`.
+        is_causal: whether the model's attention is.
+        video: see `Shape`.
+        prompt_len: tokens before the generated ones, for SparseD.
+    """
+
+    model: Model
+    work: str | Path
+    candidates: Sequence[Candidate] | None = None
+    table: CostTable | None = None
+    num_queries: int | None = None
+    seed: int = 0
+    resume: bool = False
+    is_causal: bool = True
+    video: tuple[int, int, int, int, bool] | None = None
+    prompt_len: int = 0
+    progress: Progress = field(default_factory=Silent)
+
+    def __post_init__(self) -> None:
+        f = self.model.fingerprint
+        shape = Shape(self.model.length, f.num_heads, f.num_kv_heads, f.head_dim, self.is_causal, self.video)
+        given = default_candidates(shape) if self.candidates is None else self.candidates
+        self.options = distinct([*default_candidates(shape, []), *given])
+        self.table = (
+            shipped_table("cuda" if torch.cuda.is_available() else "cpu")
+            if self.table is None
+            else self.table
+        )
+        manifest = {
+            "model": asdict(f),
+            "calibration_hash": self.model.calibration_hash,
+            "candidates": [{"label": c.label, **c.plain} for c in self.options],
+            "num_queries": self.num_queries,
+            "seed": self.seed,
+            "prompt_len": self.prompt_len,
+            "engines": [name for name, engine in ENGINES.items() if not engine.why_off()],
+        }
+        self.folder = WorkFolder(self.work, manifest, resume=self.resume)
+
+    # -- measuring ----------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """All that is not measured yet. May be interrupted anywhere."""
+        layers, samples = self.model.fingerprint.num_layers, self.model.num_samples
+        missing = {s: [n for n in range(layers) if not self.folder.has_measure(s, n)] for s in range(samples)}
+        for sample in (s for s in range(samples) if missing[s]):
+            self._gradients(sample, missing[sample])
+            self.progress.stage(f"measuring sample {sample + 1} of {samples}", layers)
+            attention = partial(self._measuring, sample, max(missing[sample]))
+            with contextlib.suppress(_Enough):
+                self.model.run(sample, attention)
+            left = [n for n in range(layers) if not self.folder.has_measure(sample, n)]
+            if left:
+                raise ValueError(
+                    f"search: layers {left[:8]} of the model made no self-attention call that a search "
+                    "can see (a sliding window, a mask, their own attention code?)."
+                )
+
+    def measure_first_layer(self) -> None:
+        """For an estimate of the time."""
+        with contextlib.suppress(_Enough):
+            self.model.run(0, partial(self._measuring, 0, 0))
+
+    def _gradients(self, sample: int, missing: list[int]) -> None:
+        if all(self.folder.read_gradient(sample, layer) is not None for layer in missing):
+            return
+        self.progress.stage(f"gradients of sample {sample + 1}", self.model.fingerprint.num_layers)
+
+        def keep(layer: int, gradient: Tensor) -> None:
+            if layer in missing:
+                self.folder.write_gradient(sample, layer, gradient)
+            self.progress.advance()
+
+        self.model.gradients(sample, keep, self.seed)
+
+    def _measuring(
+        self,
+        sample: int,
+        last: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        """The attention function of a measuring pass: dense, and everything else on the side."""
+        if not self.folder.has_measure(sample, layer):
+            gradient = self.folder.read_gradient(sample, layer)
+            gradient = None if gradient is None else gradient.to(q.device)
+            call = Call(layer, q, k, v, is_causal, scale, gradient, self.prompt_len)
+            self._measure_layer(sample, call)
+            self.folder.drop_gradient(sample, layer)
+        self.progress.advance()
+        if layer >= last:
+            raise _Enough
+        return sdpa(q, k, v, is_causal=is_causal, scale=scale)
+
+    def _measure_layer(self, sample: int, call: Call) -> None:
+        if sample == 0 and call.layer == 0:
+            self._time_selections(call)
+        runs = query_runs(call, self.num_queries)
+        references = [dense(run) for run in runs]
+        scores, drawn = [], []
+        for candidate in self.options:
+            parts = []
+            for run, reference in zip(runs, references, strict=True):
+                plan, result = run_candidate(run, candidate)
+                parts.append(score(run, reference, plan, result))
+            scores.append(add_scores(parts))
+            if sample == 0:
+                drawn.append((plan, result))
+        if sample == 0:
+            save_maps(self.folder.map_path(call.layer), layer_maps(runs[-1], references[-1], drawn))
+        B, L, S = call.q.shape[0], call.q.shape[2], call.k.shape[2]
+        measure = {
+            "head_dim": call.q.shape[-1],
+            "dtype": str(call.q.dtype).removeprefix("torch."),
+            "length": S,
+            "batch": B,
+            "share": scores[0]["visible"][0] / (B * visible_pairs(L, S, call.is_causal)),
+            "has_gradient": call.grad is not None,
+            "scores": scores,
+        }
+        self.folder.write_measure(sample, call.layer, measure)
+
+    def _time_selections(self, call: Call) -> None:
+        """Selections that the table does not know are timed once, and kept: a resumed search must not see
+        other numbers."""
+        assert self.table is not None
+        if self.folder.read_select_us():
+            return
+        kinds = {select_key(c.method, c.config): c for c in self.options}
+        unknown = {
+            key: c
+            for key, c in kinds.items()
+            if self.table.select_us(key, call.q.shape[-1], call.k.shape[2]) is None
+        }
+        with one_thread(call.q.device.type):
+            times = select_seconds(unknown, call, rounds=3)
+        self.folder.write_select_us({key: float(f"{1e6 * x:.3g}") for key, x in times.items()})
+
+    def measured(self) -> Measured:
+        """What has been measured so far, as arrays.
+
+        Raises:
+            ValueError: nothing has.
+        """
+        assert self.table is not None
+        f = self.model.fingerprint
+        found = self.folder.layers(self.model.num_samples, f.num_layers)
+        if not found:
+            raise ValueError("search: no layer has been measured yet.")
+        measures = {n: [self.folder.read_measure(s, n) for s in samples] for n, samples in found.items()}
+        threads = torch.get_num_threads() if self.table.device_type == "cpu" else self.table.threads
+        return collect(measures, self.options, self.table, self.folder.read_select_us(), num_threads=threads)
+
+    # -- choosing -----------------------------------------------------------------------------------
+
+    def choose(self, rule: Budget | PaperRule, *, try_recipes: bool = True) -> Found:
+        """The recipe for what has been measured.
+
+        Args:
+            rule: a budget, or the paper's rule.
+            try_recipes: for a budget of perplexity: set the error budget by running recipes; otherwise (and
+                where not all layers are measured) by the usual ratio of loss to estimate.
+        """
+        assert self.table is not None
+        measured = self.measured()
+        has_harm = not np.isnan(measured.harm).any()
+        if isinstance(rule, PaperRule):
+            weight = "divergence" if has_harm else "head"
+            choice = paper_greedy(measured.mse, measured.density, penalty=rule.penalty, epsilon=rule.epsilon)
+            trials: list[dict[str, float]] = []
+        else:
+            weight = "head" if rule.relative_error is not None else "divergence"
+            if weight == "divergence" and not has_harm:
+                raise ValueError("search: this model gives no gradients; use a budget of relative_error.")
+            choice, trials = self._within(rule, measured, weight, try_recipes)
+        problem = measured.problem(weight, self._call_us())
+        whole = len(measured.layers) == self.model.fingerprint.num_layers
+        recipe = self._recipe(measured, choice, partial=not whole)
+        summary = self._summary(rule, measured, problem, choice, trials)
+        return Found(recipe, measured, choice, self.options, summary)
+
+    def _call_us(self) -> float:
+        assert self.table is not None
+        return self.table.call_us
+
+    def _recipe(self, measured: Measured, choice: np.ndarray, *, partial: bool) -> Recipe:
+        layers = plans(measured, self.options, choice, phase=self.model.phase)
+        return Recipe(self.model.fingerprint, tuple(layers), self.model.calibration_hash, partial=partial)
+
+    def _within(
+        self, rule: Budget, measured: Measured, weight: str, try_recipes: bool
+    ) -> tuple[np.ndarray, list[dict[str, float]]]:
+        problem = measured.problem(weight, self._call_us())
+        if rule.perplexity is None:
+            budget = rule.divergence if rule.relative_error is None else rule.relative_error**2
+            assert budget is not None
+            return solve(problem, budget), []
+        share = len(measured.layers) / self.model.fingerprint.num_layers
+        target = math.log1p(rule.perplexity)
+        if not try_recipes or share < 1:
+            return solve(problem, share * target / FIRST_RATIO), []
+        return self._by_trial(problem, measured, target)
+
+    def _by_trial(
+        self, problem: Problem, measured: Measured, target: float
+    ) -> tuple[np.ndarray, list[dict[str, float]]]:
+        """The largest error budget found whose recipe raises the loss by at most `target` nats."""
+        self.progress.stage("trying recipes on the model", TRIALS + 1)
+        base = self._loss(None)
+        self.progress.advance()
+        budget, low, high = target / FIRST_RATIO, 0.0, math.inf
+        best = np.zeros(len(problem.time), dtype=np.int64)  # dense
+        trials = []
+        for _ in range(TRIALS):
+            choice = solve(problem, budget)
+            rise = self._loss(self._recipe(measured, choice, partial=False)) - base
+            trials.append({"budget": budget, "rise": rise, "time_us": problem.time_of(choice)})
+            self.progress.note(f"error budget {budget:.5f} nats: perplexity {100 * math.expm1(rise):+.2f} %")
+            self.progress.advance()
+            if rise <= target:
+                if budget > low:
+                    low, best = budget, choice
+                if rise >= CLOSE * target:
+                    break
+            else:
+                high = min(high, budget)
+            guess = budget * target * (1 + CLOSE) / 2 / max(rise, target / 8)
+            inside = low < guess < high
+            budget = guess if inside else (2 * low if high == math.inf else (low + high) / 2)
+        return best, trials
+
+    def _loss(self, recipe: Recipe | None) -> float:
+        """Of the model with a recipe, or dense; tried once."""
+        key = "dense" if recipe is None else plans_hash(recipe.layers)
+        known = self.folder.read_losses()
+        if key not in known:
+            loss = self.model.loss(
+                sdpa_layer if recipe is None else recipe_attention(recipe, self.model.phase)
+            )
+            if loss is None:
+                raise ValueError("search: this model has no loss; use a budget of relative_error.")
+            self.folder.write_loss(key, loss)
+            known = self.folder.read_losses()
+        return known[key]
+
+    # -- what the report shows ------------------------------------------------------------------------
+
+    def _summary(
+        self,
+        rule: Budget | PaperRule,
+        measured: Measured,
+        problem: Problem,
+        choice: np.ndarray,
+        trials: list[dict[str, float]],
+    ) -> dict[str, Any]:
+        assert self.table is not None
+        f = self.model.fingerprint
+        rows = np.arange(len(choice))
+        dense_choice = np.zeros_like(choice)
+        layers = plans(measured, self.options, choice, phase=self.model.phase)
+        item = 4 if self.folder_dtype() == "float32" else 2
+        copies = sum(
+            copies_us(
+                p,
+                self.table,
+                num_kv_heads=f.num_kv_heads,
+                length=self.model.length,
+                head_dim=f.head_dim,
+                item=item,
+            )
+            for p in layers
+        )
+        spent = problem.error_of(choice)
+        summary: dict[str, Any] = {
+            "rule": {"name": type(rule).__name__, **asdict(rule)},
+            "weight": "divergence" if not np.isnan(measured.harm).any() else "head",
+            "samples": self.model.num_samples,
+            "length": self.model.length,
+            "seed": self.seed,
+            "table": {"device": self.table.device, "threads": self.table.threads, **self.table.made},
+            "candidates": [{"label": c.label, **c.plain} for c in self.options],
+            "choice": choice.tolist(),
+            "layers": measured.layers,
+            "heads": measured.heads,
+            "error": spent,
+            "density": float(measured.density[rows, choice].mean()),
+            "time_us": problem.time_of(choice) + copies,
+            "copies_us": copies,
+            "dense_time_us": problem.time_of(dense_choice),
+            "relative_error": float(np.sqrt((measured.relative[rows, choice] ** 2).mean())),
+            "recall": float(measured.recall[rows, choice].mean()),
+            "recall_worst": float(measured.recall_worst[rows, choice].min()),
+            "trials": trials,
+            "losses": self.folder.read_losses(),
+        }
+        summary["pareto"], summary["greedy"] = pareto(problem, measured, spent)
+        return summary
+
+    def folder_dtype(self) -> str:
+        layer, samples = next(
+            iter(self.folder.layers(self.model.num_samples, self.model.fingerprint.num_layers).items())
+        )
+        return self.folder.read_measure(samples[0], layer)["dtype"]
+
+
+class _Enough(Exception):
+    """Ends a pass after the last layer that was to be measured."""
+
+
+def pareto(
+    problem: Problem, measured: Measured, spent: float
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Least time at some error budgets, ours and the paper's rule with its penalty of 0.5 and with the best
+    penalty of a wide range, epsilon always chosen for the budget."""
+    ours, greedy = [], []
+    for factor in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0):
+        budget = spent * factor
+        if budget <= 0 or budget < problem.error.min(1).sum():
+            continue
+        choice = solve(problem, budget)
+        ours.append({"error": problem.error_of(choice), "time_us": problem.time_of(choice)})
+        by_penalty = {
+            p: problem.time_of(greedy_at_error(problem, measured.mse, measured.density, budget, penalty=p))
+            for p in (0.5, *np.logspace(-6, 1, 15).tolist())
+        }
+        best = min(by_penalty, key=lambda p: by_penalty[p])
+        greedy.append(
+            {"budget": budget, "paper_us": by_penalty[0.5], "best_us": by_penalty[best], "best_penalty": best}
+        )
+    return ours, greedy
+
+
+def sdpa_layer(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
+    return sdpa(q, k, v, is_causal=is_causal, scale=scale)
+
+
+def recipe_attention(recipe: Recipe, phase: str | None = None):
+    """The attention function that runs a recipe in a model: for `patch`, `intercept_sdpa` and `Model.run`."""
+    layers = {n: recipe.plan_for(n, phase) for n in range(recipe.model.num_layers)}
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
+        return run_layer(layers[layer], q, k, v, is_causal=is_causal, scale=scale)  # type: ignore[return-value]
+
+    return attention
+
+
+def plans_hash(layers: Sequence[LayerPlan]) -> str:
+    """What tells recipes apart when they run: heads, methods and settings."""
+    from sparse_attn.recipe_check import encode_config
+
+    plain = [
+        [p.layer, [[list(g.heads), g.method, encode_config(g.config, {}, "")] for g in p.groups]]
+        for p in layers
+    ]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def search(model: Model, rule: Budget | PaperRule, *, work: str | Path, **options: Any) -> Found:
+    """Measure and choose. Ctrl-C gives a partial recipe of the layers that were measured by then.
+
+    Args:
+        model: what to search on.
+        rule: a budget, or the paper's rule.
+        work: folder for measurements; see `Search` for it and for `options`.
+
+    Raises:
+        ValueError: a bad argument, or a model that cannot be searched. KeyboardInterrupt: before any layer
+            was measured.
+    """
+    run = Search(model, work, **options)
+    try:
+        run.measure()
+        found = run.choose(rule)
+    except KeyboardInterrupt:
+        try:
+            found = run.choose(rule, try_recipes=False)
+        except ValueError:
+            raise KeyboardInterrupt from None
+        run.progress.note("interrupted: the recipe covers what was measured; go on with --resume")
+        run.folder.write_summary(found.summary | {"interrupted": True})
+        return found
+    run.folder.write_summary(found.summary)
+    run.folder.clean()
+    return found

@@ -1,0 +1,251 @@
+"""A whole search on a tiny language model: budgets, interruptions, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("scipy", reason="scipy is not installed")
+pytest.importorskip("safetensors", reason="safetensors is not installed")
+
+from sparse_attn.integrations.patching import patched  # noqa: E402
+from sparse_attn.recipe import Fingerprint, Recipe, hash_tensors  # noqa: E402
+from sparse_attn.search.candidates import Shape, default_candidates  # noqa: E402
+from sparse_attn.search.models import CallableModel, LanguageModel  # noqa: E402
+from sparse_attn.search.run import Budget, PaperRule, Search, recipe_attention, sdpa_layer, search  # noqa: E402
+
+LENGTH = 192
+
+
+@lru_cache(maxsize=4)
+def tiny_language_model(samples: int = 1, check: bool = False) -> LanguageModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    start = torch.zeros(samples + 1, 1, dtype=torch.long)
+    # Its own words, so that what changes its predictions raises its loss.
+    ids = model.generate(
+        start,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=LENGTH - 1,
+        min_new_tokens=LENGTH - 1,
+        eos_token_id=None,
+    )
+    return LanguageModel(model, ids[:samples], check=ids[samples:] if check else None)
+
+
+def few(model: LanguageModel) -> dict:
+    f = model.fingerprint
+    shape = Shape(model.length, f.num_heads, f.num_kv_heads, f.head_dim)
+    return {"candidates": default_candidates(shape, ["window", "blasst"])}
+
+
+def run_search(work: Path, rule=Budget(perplexity=0.05), samples: int = 1, **options):  # noqa: B008
+    model = tiny_language_model(samples)
+    return model, search(model, rule, work=work, **(few(model) | options))
+
+
+# -- budgets ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_keeps_its_perplexity_budget_and_runs_in_the_model(tmp_path):
+    model, found = run_search(tmp_path / "w")
+    path = tmp_path / "recipe.json"
+    found.recipe.save(path)
+    recipe = Recipe.load(path)
+    recipe.check_model(model.model)
+    attention = recipe_attention(recipe)
+    rise = model.loss(attention) - model.loss(sdpa_layer)
+    assert 0 < rise <= np.log1p(0.05) * (1 + 1e-6)
+    assert 0 < found.summary["density"] < 1
+    with patched(model.model, attention):
+        out = model.model(model.ids).logits
+    assert torch.isfinite(out).all()
+    trials = found.summary["trials"]
+    assert trials and all(t["budget"] > 0 for t in trials)
+
+
+def test_a_larger_budget_is_never_slower(tmp_path):
+    model = tiny_language_model()
+    run = Search(model, tmp_path / "w", **few(model))
+    run.measure()
+    times = [run.choose(Budget(relative_error=e)).summary["time_us"] for e in (0.01, 0.1, 0.5)]
+    assert times[0] >= times[1] * 0.999 >= times[2] * 0.998
+    errors = [run.choose(Budget(divergence=e)).summary["error"] for e in (0.001, 0.01)]
+    assert errors[0] <= 0.001 and errors[1] <= 0.01
+
+
+def test_the_divergence_foretells_the_loss(tmp_path):
+    """The second-order estimate is right to a factor of three for the sum of many heads' small errors."""
+    model = tiny_language_model(samples=2)
+    run = Search(model, tmp_path / "w", **few(model))
+    run.measure()
+    found = run.choose(Budget(divergence=0.01))
+    base, changed = [], []
+    for attention, rows in ((sdpa_layer, base), (recipe_attention(found.recipe), changed)):
+        with torch.no_grad(), patched(model.model, attention):
+            rows.append(model.model(model.ids).logits.float().log_softmax(-1))
+    true = (base[0].exp() * (base[0] - changed[0])).sum(-1).mean().item()
+    assert found.summary["error"] / 3 < true < 3 * found.summary["error"]
+
+
+def test_the_papers_rule_end_to_end(tmp_path):
+    _, strict = run_search(tmp_path / "w", PaperRule(penalty=0.5, epsilon=1e-9))
+    assert {g.method for p in strict.recipe.layers for g in p.groups} == {"dense"}
+    _, loose = run_search(tmp_path / "w", PaperRule(penalty=1e6, epsilon=1e9), resume=True)
+    sparsest = loose.measured.density[:, 1:].min(1)
+    rows = np.arange(len(loose.choice))
+    np.testing.assert_allclose(loose.measured.density[rows, loose.choice], sparsest)
+
+
+def test_bad_budgets_say_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="give one of perplexity"):
+        Budget(perplexity=0.1, divergence=0.1)
+    with pytest.raises(ValueError, match="give one of perplexity"):
+        Budget(perplexity=0.0)
+
+
+# -- interruptions ------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_search_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    _, whole = run_search(tmp_path / "whole", samples=2)
+    whole.recipe.save(tmp_path / "whole.json")
+    steps = 0
+    real = os.replace
+
+    def dying(source, target):
+        nonlocal steps
+        steps += 1
+        if steps == limit:
+            raise Killed
+        real(source, target)
+
+    deaths = 0
+    for limit in (2, 5, 9, 1, 4, 10**9):  # noqa: B007
+        steps = 0
+        monkeypatch.setattr(os, "replace", dying)
+        try:
+            _, found = run_search(tmp_path / "w", samples=2, resume=True)
+        except Killed:
+            deaths += 1
+    assert deaths >= 4
+    monkeypatch.setattr(os, "replace", real)
+    found.recipe.save(tmp_path / "resumed.json")
+    assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    for a, b in zip(found.measured.harm.ravel(), whole.measured.harm.ravel(), strict=True):
+        assert a == b
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path, monkeypatch):
+    run_search(tmp_path / "w")
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "w" / "measures").iterdir()}
+    monkeypatch.setattr(LanguageModel, "run", lambda *_: pytest.fail("ran the model again"))
+    monkeypatch.setattr(LanguageModel, "loss", lambda *_: pytest.fail("ran the model again"))
+    run_search(tmp_path / "w", resume=True)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "w" / "measures").iterdir()}
+
+
+def test_ctrl_c_leaves_a_usable_partial_recipe(tmp_path):
+    model = tiny_language_model()
+
+    class Stop:
+        def stage(self, name, total):
+            self.name, self.count = name, 0
+
+        def advance(self):
+            self.count += 1
+            if self.name.startswith("measuring") and self.count == 2:
+                raise KeyboardInterrupt
+
+        def note(self, text):
+            pass
+
+    found = search(model, Budget(perplexity=0.05), work=tmp_path / "w", progress=Stop(), **few(model))
+    assert found.recipe.partial and [p.layer for p in found.recipe.layers] == [0, 1]
+    found.recipe.save(tmp_path / "r.json")
+    attention = recipe_attention(Recipe.load(tmp_path / "r.json"), "prefill")
+    assert np.isfinite(model.loss(attention))
+    whole = search(model, Budget(perplexity=0.05), work=tmp_path / "w", resume=True, **few(model))
+    assert not whole.recipe.partial
+
+
+def test_a_folder_of_another_search_is_refused(tmp_path):
+    run_search(tmp_path / "w")
+    with pytest.raises(ValueError, match="pass --resume"):
+        run_search(tmp_path / "w")
+    with pytest.raises(ValueError, match=r"other settings \(seed\)"):
+        run_search(tmp_path / "w", seed=3, resume=True)
+
+
+_KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_search_run import run_search
+run_search(Path(sys.argv[1]))
+"""
+
+
+def test_a_process_killed_by_the_system_resumes_to_the_same_bytes(tmp_path):
+    code = _KILLED.format(tests=str(Path(__file__).parent))
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the model's own sums depend on it
+    process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "b"], env=os.environ | threads)
+    while not list((tmp_path / "b" / "measures").glob("*.json")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    measured = set((tmp_path / "b" / "measures").glob("*.json"))
+    times = {p: p.stat().st_mtime_ns for p in measured}
+    for name in ("a", "b"):
+        run_search(tmp_path / name, resume=True)[1].recipe.save(tmp_path / f"{name}.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert times == {p: p.stat().st_mtime_ns for p in measured}
+
+
+# -- other models -------------------------------------------------------------------------------------
+
+
+def test_any_function_that_calls_sdpa_can_be_searched(tmp_path):
+    torch.manual_seed(0)
+    weights = torch.randn(2, 3, 32, 32) * 0.4
+
+    def function(x):
+        for w in weights:
+            q, k, v = ((x @ m).unflatten(-1, (2, 16)).transpose(1, 2) for m in w)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    x = torch.randn(2, 1, 256, 32)
+    fingerprint = Fingerprint("Toy", 2, 2, 2, 16, "sha256:" + "0" * 64)
+    model = CallableModel(function, x, fingerprint, length=256, calibration_hash=hash_tensors([x]))
+    found = search(model, Budget(relative_error=0.3), work=tmp_path / "w", is_causal=False)
+    assert {p.layer for p in found.recipe.layers} == {0, 1}
+    assert 0 < found.summary["relative_error"] <= 0.3
+    assert any(c.method == "sparsed" for c in found.candidates)
+    with pytest.raises(ValueError, match="no gradients"):
+        search(model, Budget(perplexity=0.1), work=tmp_path / "w", is_causal=False, resume=True)
+
+
+def test_the_summary_is_plain_json(tmp_path):
+    run_search(tmp_path / "w")
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert len(summary["choice"]) == 12 and summary["pareto"]
+    assert all(g["best_us"] <= g["paper_us"] for g in summary["greedy"])
