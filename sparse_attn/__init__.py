@@ -23,6 +23,7 @@ from sparse_attn.reuse import LayoutCache
 from sparse_attn.version import __version__
 
 if TYPE_CHECKING:
+    from sparse_attn.integrations.dlm import denoising as denoising
     from sparse_attn.integrations.patching import explain as explain
     from sparse_attn.integrations.patching import patch as patch
     from sparse_attn.integrations.patching import patched as patched
@@ -54,6 +55,7 @@ __all__ = [
 # Adapters, imported when first named: they may need packages that `import sparse_attn` must not.
 _LAZY = {
     "S2Cache": "s2_cache",
+    "denoising": "dlm",
     "explain": "patching",
     "patch": "patching",
     "patched": "patching",

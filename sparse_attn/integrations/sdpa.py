@@ -233,7 +233,7 @@ def why_not(
 # -- replacing the function ---------------------------------------------------------------------------
 
 _OWN = ("sparse_attn.", "torch._C")  # modules where the function stays what it is
-_active: ContextVar[tuple[Handler, ...]] = ContextVar("sparse_attn_sdpa", default=())
+_active: ContextVar[Handler | None] = ContextVar("sparse_attn_sdpa", default=None)
 _lock = threading.Lock()
 _entered: list[Handler] = []  # of all threads, in order
 _places: list[tuple[dict[str, Any], str]] = []  # where the function stood
@@ -247,15 +247,24 @@ def redirected(handler: Handler) -> Iterator[None]:
         if not _entered:
             _install()
         _entered.append(handler)
-    token = _active.set((*_active.get(), handler))
     try:
-        yield
+        with handled_by(handler):
+            yield
     finally:
-        _active.reset(token)
         with _lock:
             _entered.remove(handler)
             if not _entered:
                 _uninstall()
+
+
+@contextmanager
+def handled_by(handler: Handler) -> Iterator[None]:
+    """The same inside a block of `redirected`, where it costs little."""
+    token = _active.set(handler)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 def _install() -> None:
@@ -281,8 +290,8 @@ def _uninstall() -> None:
 
 def _handler() -> Handler | None:
     own = _active.get()
-    if own:
-        return own[-1]
+    if own is not None:
+        return own
     # On a GPU, checkpointed activations are recomputed in a thread of the backward pass, which is not one of
     # Python's and entered no block itself.
     in_backward = _entered and torch._C._current_autograd_node() is not None
@@ -312,7 +321,7 @@ def scaled_dot_product_attention(
     handler = _handler()
     if handler is not None:
         # The methods and their engines must not meet themselves.
-        token = _active.set((_leave_alone,))
+        token = _active.set(leave_alone)
         try:
             out = handler(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         finally:
@@ -325,5 +334,6 @@ def scaled_dot_product_attention(
     )  # fmt: skip
 
 
-def _leave_alone(*args: Any) -> None:
+def leave_alone(*args: Any) -> None:
+    """The handler that leaves every call to PyTorch."""
     return None

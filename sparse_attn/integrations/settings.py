@@ -100,6 +100,8 @@ def name_of(attention: AttentionFunction | None) -> str:
         return DENSE
     if isinstance(attention, (MethodAttention, PlanAttention)):
         return str(attention)
+    if hasattr(attention, "label"):
+        return attention.label
     return f"function {getattr(attention, '__name__', type(attention).__name__)}"
 
 

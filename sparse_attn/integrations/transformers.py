@@ -6,11 +6,12 @@ of a model loaded with `attn_implementation="sparse_attn"`, by its config or by 
 
 What is sparse and what is not, without exceptions that stay silent:
 
-* prefill (more than one query) runs the method. Causal attention does so with left or right padding
-  too: each sequence of the batch is cut to its real tokens, so that padding changes neither the pattern
-  nor the result. So does the first prefill into a static cache, cut to the keys that are there;
+* prefill (more than one query) runs the method. It does so with left or right padding too (without
+  causality: in self-attention): each sequence of the batch is cut to its real tokens, so that padding
+  changes neither the pattern nor the result. So does the first prefill into a static cache, cut to the
+  keys that are there;
 * decode steps (one query) are dense, or follow the method with `decode="sparse"`;
-* any other mask (padding in bidirectional attention, packed sequences, sliding windows, later calls
+* any other mask (padding with holes, packed sequences, sliding windows, later calls
   on a static cache, a 4-D mask of the user's own) is honoured by dense attention under that mask, with
   a warning, or refused with `on_mask="error"`;
 * attention that is not plain softmax (softcap, sinks, position bias) runs the model's own eager code.
@@ -323,9 +324,11 @@ def attention_forward(
         return _eager(module, query, key, value, attention_mask, causal, scale, extras, kwargs), None
     chosen = setting.attention if query.shape[2] > 1 else setting.decode
 
-    def sparse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def sparse(q: Tensor, k: Tensor, v: Tensor, **rows: int) -> Tensor:
         assert chosen is not None
-        return chosen(q, k, v, layer=layer, is_causal=causal, scale=scale)
+        if rows and not getattr(chosen, "wants_rows", False):
+            rows = {}
+        return chosen(q, k, v, layer=layer, is_causal=causal, scale=scale, **rows)
 
     if (cached := getattr(module, PENDING, None)) is not None:
         setattr(module, PENDING, None)
@@ -334,7 +337,7 @@ def attention_forward(
         out = _dense(query, key, value, attention_mask, causal, scale)
     elif attention_mask is None:
         out = sparse(query, key, value)
-    elif causal and attention_mask.dim() == 2 and (spans := _real_tokens(attention_mask)) is not None:
+    elif _can_cut(module, query, key, attention_mask, causal) and (spans := _real_tokens(attention_mask)):
         out = _each_sequence(sparse, query, key, value, spans)
     else:
         _fall_back(setting, attention_mask, key.shape[2])
@@ -368,6 +371,13 @@ def _eager(
     return own(module, query, key, value, visible, dropout=0.0, scaling=scale, **kwargs)[0]
 
 
+def _can_cut(module: Any, query: Tensor, key: Tensor, mask: Tensor, causal: bool) -> bool:
+    """Whether the mask is padding of queries and keys alike: in causal attention, and in self-attention."""
+    config = getattr(module, "config", None)
+    crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    return mask.dim() == 2 and (causal or (query.shape[2] == key.shape[2] and not crosses))
+
+
 def _real_tokens(padding: Tensor) -> list[tuple[int, int]] | None:
     """Per sequence, the half-open range of its real tokens; None if one has holes. Synchronises."""
     count = padding.sum(-1)
@@ -380,7 +390,7 @@ def _real_tokens(padding: Tensor) -> list[tuple[int, int]] | None:
 
 
 def _each_sequence(
-    sparse: Callable[[Tensor, Tensor, Tensor], Tensor],
+    sparse: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -389,6 +399,9 @@ def _each_sequence(
     """Run every sequence of the batch on its own real tokens. Padding queries give 0.
 
     Queries are the last L of the S positions, so query i sits at position i + S - L.
+
+    Args:
+        sparse: (q, k, v, row=, first=) -> out: the sequence's number, and its first real position.
     """
     L, S = query.shape[2], key.shape[2]
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
@@ -397,7 +410,9 @@ def _each_sequence(
         if rows.stop <= rows.start:
             continue
         own, keys = slice(b, b + 1), slice(first, end)
-        out[own, :, rows] = sparse(query[own, :, rows], key[own, :, keys], value[own, :, keys])
+        out[own, :, rows] = sparse(
+            query[own, :, rows], key[own, :, keys], value[own, :, keys], row=b, first=first
+        )
     return out
 
 

@@ -240,9 +240,21 @@ def test_bidirectional_equals_stock() -> None:
     assert record.calls[0] == (0, 40, 40, False)
 
 
-def test_bidirectional_padding_falls_back_loudly() -> None:
-    model, ids = tiny_model(is_causal=False), tokens(2, 40)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bidirectional_padding_is_cut(side: str) -> None:
+    model, ids, record = tiny_model(is_causal=False), tokens(2, 40), Recorder()
     mask = left_padding(2, 40, [0, 6])
+    mask = mask if side == "left" else mask.flip(1)
+    stock = logits(model, ids, attention_mask=mask)
+    with sa.patched(model, record):
+        ours = logits(model, ids, attention_mask=mask)
+    assert error(ours[mask.bool()], stock[mask.bool()]) < 1e-4
+    assert record.calls[:2] == [(0, 40, 40, False), (0, 34, 34, False)]
+
+
+def test_bidirectional_padding_with_holes_falls_back_loudly() -> None:
+    model, ids = tiny_model(is_causal=False), tokens(1, 40)
+    mask = (torch.arange(40) % 7 != 3).long()[None]
     stock = logits(model, ids, attention_mask=mask)
     with sa.patched(model, Recorder(left=0)), pytest.warns(sparse_hf.DenseFallbackWarning):
         ours = logits(model, ids, attention_mask=mask)
