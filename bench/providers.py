@@ -220,6 +220,16 @@ def _narrow_lists(layout: SparseLayout) -> tuple[Tensor, Tensor]:
     return counts, indices[..., : max(int(counts.max()), 1)].contiguous()
 
 
+def _edge_and_rest(layout: SparseLayout) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Lists of the blocks that the causal diagonal cuts (L == S, square blocks), and of those before it."""
+    n = layout.num_query_blocks
+    whole = torch.ones(n, n, dtype=torch.bool, device=layout.device)
+    size = {"block_m": layout.block_m, "block_n": layout.block_n, "L": layout.L, "S": layout.S}
+    mask, before = layout.block_mask(), whole.tril(-1)
+    edge = SparseLayout.from_dense_mask(mask & whole.tril() & ~before, **size)
+    return _narrow_lists(edge), _narrow_lists(SparseLayout.from_dense_mask(mask & before, **size))
+
+
 def _fa4_sparse_why_not(problem: Problem) -> str | None:
     layout = problem.plan.layout
     if problem.q.device.type != "cuda":
@@ -267,13 +277,7 @@ def _fa4_mask_make(problem: Problem) -> Forward:
         return key <= query
 
     layout = problem.plan.layout
-    on_edge = torch.eye(layout.num_query_blocks, dtype=torch.bool, device=layout.device)
-    mask, sizes = layout.block_mask(), {"L": layout.L, "S": layout.S}
-    blocks = {"block_m": layout.block_m, "block_n": layout.block_n}
-    edge, rest = (
-        _narrow_lists(SparseLayout.from_dense_mask(mask & part, **blocks, **sizes))
-        for part in (on_edge, on_edge.logical_not())
-    )
+    edge, rest = _edge_and_rest(layout)
     lists = BlockSparseTensorsTorch(*edge, *rest, block_size=(layout.block_m, layout.block_n))
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sparse_attn.bench import runner
+from sparse_attn.bench import providers, runner
 from sparse_attn.bench.cases import Bar, Case, Columns, Random, SkipTo
 from sparse_attn.bench.problem import build
 from sparse_attn.bench.providers import PROVIDERS
@@ -17,6 +18,7 @@ from sparse_attn.bench.run import CannotRun, chosen, run_suite
 from sparse_attn.bench.runner import Options, run_cases
 from sparse_attn.bench.suites import BARS, CASES
 from sparse_attn.bench.timing import Times, measure, paired_best_ratio
+from sparse_attn.layout import SparseLayout
 
 TINY = Case("tiny", 2, 1, 200, 32, Random(0.4, 32, 32), "float32", rounds=3, gate_length=150)
 QUIET = Options("cpu", engine="reference", log=lambda text: None)
@@ -185,6 +187,28 @@ def test_a_bar_on_rivals_needs_all_of_them(capsys):
     assert [(v.word, v.met) for v in judge(bars, [whole, part])] == want
     print_verdicts(judge(bars, [whole]))
     assert "hopper" in capsys.readouterr().out
+
+
+def test_causal_lists_are_split_at_the_diagonal():
+    case = replace(TINY, pattern=Random(0.4, 32, 32), is_causal=True)
+    layout = build(case, "cpu").plan.layout
+    size = {"block_m": 32, "block_n": 32, "L": 200, "S": 200}
+    parts = [SparseLayout.from_count_index(*lists, **size) for lists in providers._edge_and_rest(layout)]
+    edge, rest = (part.block_mask() for part in parts)
+    assert torch.equal(edge | rest, layout.block_mask() & torch.ones(7, 7, dtype=torch.bool).tril())
+    assert edge.sum() > 0 and rest.sum() > 0
+    assert torch.equal(edge, edge & torch.eye(7, dtype=torch.bool)) and not (edge & rest).any()
+
+
+def test_path_files_of_unpacked_peers_are_read(tmp_path, monkeypatch):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "nvidia_cutlass_dsl_packages.pth").write_text(f"{inside}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    providers._read_path_files.cache_clear()
+    assert providers._missing("no_such_peer") == "no_such_peer is not installed"
+    assert str(inside) in sys.path
+    sys.path.remove(str(inside))
 
 
 # -- timing ---------------------------------------------------------------------------------------
