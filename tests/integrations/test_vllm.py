@@ -1,0 +1,491 @@
+"""The vLLM backend against the real package's classes, on a CPU, with metadata made by hand.
+
+Batches mix decoding, whole prompts, chunks and cached prefixes; the reference is masked softmax in float64.
+vLLM's own Triton kernels, which a GPU runs for dense sequences, run here in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+
+def import_vllm():
+    """vLLM replaces its kernels by nothing where it finds no GPU; Triton's interpreter needs none."""
+    driver = triton.backends.backends["nvidia"].driver
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "is_active", staticmethod(lambda: True))
+        import vllm.triton_utils
+
+    return vllm
+
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+vllm = import_vllm()
+if not vllm.__version__.startswith("0.33"):
+    pytest.skip(f"vllm {vllm.__version__} is not the tested 0.33", allow_module_level=True)
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config.device import DeviceConfig  # noqa: E402
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends import registry  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+
+from sparse_attn.integrations import vllm as plugin  # noqa: E402
+from sparse_attn.integrations import vllm_backend as backend  # noqa: E402
+from sparse_attn.integrations.vllm_config import ENV, Heads  # noqa: E402
+from sparse_attn.methods import METHODS, Context  # noqa: E402
+from sparse_attn.methods.anchor import AnchorConfig  # noqa: E402
+from sparse_attn.methods.s2 import S2Config  # noqa: E402
+from sparse_attn.recipe import DenseConfig, Fingerprint, HeadGroup, LayerPlan, Recipe  # noqa: E402
+from sparse_attn.testing import assert_close  # noqa: E402
+
+H, HKV, D, PAGE = 4, 2, 32, 16
+SCALE = 0.2
+ANCHOR = {"theta": 3.0, "block_size": 32, "step": 2}
+S2 = {"block_size": 32, "local_blocks": 1, "vert_stride": 2}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """vLLM's config of a Llama with two layers."""
+    folder = tmp_path_factory.mktemp("model")
+    model = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=H,
+        num_key_value_heads=HKV, head_dim=D, max_position_embeddings=4096, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    made = ModelConfig(
+        model=str(folder),
+        tokenizer=str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=2048,
+    )
+    return VllmConfig(model_config=made, device_config=DeviceConfig("cpu"))
+
+
+@pytest.fixture
+def use(monkeypatch, config):
+    """use(settings): the builder and the layers' implementation under these settings."""
+
+    def make(settings: dict, **options):
+        monkeypatch.setenv(ENV, json.dumps(settings))
+        backend.settings.cache_clear()
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HKV, head_size=D, dtype=torch.float32)
+        names = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+        with set_current_vllm_config(config):
+            builder = backend.SparseAttnBackend.get_builder_cls()(spec, names, config, torch.device("cpu"))
+            impls = [
+                backend.SparseAttnBackend.get_impl_cls()(
+                    H,
+                    D,
+                    SCALE,
+                    HKV,
+                    **({"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"} | options),
+                )
+                for _ in names
+            ]
+        return builder, list(zip(impls, [SimpleNamespace(layer_name=name) for name in names], strict=True))
+
+    yield make
+    backend.settings.cache_clear()
+
+
+class Batch:
+    """Sequences with (new tokens, all tokens), their keys in shuffled pages, and the output of a layer.
+
+    `layout` permutes the physical order of the cache's dimensions (pages, heads, slots, content)."""
+
+    def __init__(self, sequences, layout=(0, 1, 2, 3), dtype=torch.float32, seed=0):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.new = [new for new, _ in sequences]
+        self.keys = [keys for _, keys in sequences]
+        most = max(-(-keys // PAGE) for keys in self.keys) + 1
+        order = torch.randperm(len(sequences) * most + 3, generator=self.generator).to(torch.int32)
+        self.table = order[: len(sequences) * most].view(len(sequences), most)
+        shape = (len(order), HKV, PAGE, 2 * D)
+        back = [layout.index(n) for n in range(4)]
+        self.cache = torch.full([shape[n] for n in layout], torch.nan, dtype=dtype).permute(back)
+        self.q = self.random(sum(self.new), H, D, dtype=dtype) * 3
+        self.k = [self.random(keys, HKV, D, dtype=dtype) for keys in self.keys]
+        self.v = [self.random(keys, HKV, D, dtype=dtype) for keys in self.keys]
+        self.starts = torch.tensor([0, *self.new]).cumsum(0).to(torch.int32)
+
+    def random(self, *shape, dtype):
+        return torch.randn(*shape, generator=self.generator).to(dtype)
+
+    def slots(self, n: int, first: int, last: int) -> torch.Tensor:
+        position = torch.arange(first, last)
+        return self.table[n, position // PAGE].long() * PAGE + position % PAGE
+
+    def metadata(self, builder):
+        return builder.build(0, self.common())
+
+    def common(self):
+        new_slots = [
+            self.slots(n, S - L, S) for n, (L, S) in enumerate(zip(self.new, self.keys, strict=True))
+        ]
+        return CommonAttentionMetadata(
+            query_start_loc=self.starts, query_start_loc_cpu=self.starts,
+            seq_lens=torch.tensor(self.keys, dtype=torch.int32), num_reqs=len(self.new),
+            num_actual_tokens=int(self.starts[-1]), max_query_len=max(self.new), max_seq_len=max(self.keys),
+            block_table_tensor=self.table, slot_mapping=torch.cat([*new_slots, torch.tensor([-1, -1])]),
+        )  # fmt: skip
+
+    def run(self, builder, impl, layer, padding=2):
+        """Old keys are in the cache; the new ones are written as vLLM does, before attention."""
+        metadata = self.metadata(builder)
+        for n, (L, S) in enumerate(zip(self.new, self.keys, strict=True)):
+            old = self.slots(n, 0, S - L)
+            impl.do_kv_cache_update(layer, self.k[n][: S - L], self.v[n][: S - L], self.cache, old)
+        new_k, new_v = (
+            torch.cat(
+                [x[S - L :] for x, L, S in zip(of, self.new, self.keys, strict=True)] + [of[0][:padding]]
+            )
+            for of in (self.k, self.v)
+        )
+        impl.do_kv_cache_update(layer, new_k, new_v, self.cache, metadata.slot_mapping)
+        q = torch.cat([self.q, self.q[:padding]])
+        out = torch.full((len(q), H, D), torch.nan, dtype=self.q.dtype)
+        result = impl.forward(layer, q, new_k, new_v, self.cache, metadata, out)
+        assert result is out and out[len(self.q) :].isnan().all()  # padding is left alone
+        return out[: len(self.q)]
+
+    def reference(self, mask_of=lambda n, q, k: None, dtype=torch.float64):
+        """Masked SDPA; `mask_of(n, q, k)` gives what sequence n reads, bool [1, heads, L, S], or None."""
+        parts = []
+        for n, (L, S) in enumerate(zip(self.new, self.keys, strict=True)):
+            q = self.q[self.starts[n] : self.starts[n + 1]].transpose(0, 1)[None]
+            k, v = (x[n].transpose(0, 1)[None] for x in (self.k, self.v))
+            mask = torch.ones(L, S, dtype=torch.bool).tril(S - L)
+            own = mask_of(n, q, k)
+            if own is not None:
+                mask = mask & own.repeat_interleave(H // own.shape[1], dim=1)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, scale=SCALE, enable_gqa=True
+            )
+            parts.append(out[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    def check(self, out, mask_of=lambda n, q, k: None):
+        assert_close(out, self.reference(mask_of), self.reference(mask_of, self.q.dtype))
+
+    def by(self, name, config, sparse):
+        """The mask of a method's layout on the sequences numbered in `sparse`."""
+
+        def mask_of(n, q, k):
+            if n not in sparse:
+                return None
+            plan = METHODS[name].select(q, k, config, is_causal=True, scale=SCALE, context=Context())
+            return plan.layout.to_dense(True)
+
+        return mask_of
+
+
+MIXED = [(1, 40), (1, 1), (0, 5), (1, 333), (200, 200), (70, 231), (33, 33), (2, 90)]  # (new, all) tokens
+PREFILLS = [4, 5, 6, 7]
+
+
+def assert_near(out, ref):
+    """Equal but for the order of additions."""
+    torch.testing.assert_close(out, ref, atol=2e-6 * float(ref.abs().max()), rtol=0)
+
+
+# -- attention ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 2, 3)], ids=["BHNC", "BNHC", "HBNC"])
+def test_dense_batches_equal_sdpa(use, layout):
+    builder, layers = use({"method": "dense", "layers": {"1": "s2"}})
+    batch = Batch(MIXED, layout)
+    batch.check(batch.run(builder, *layers[0]))
+
+
+def test_dense_bf16(use):
+    builder, layers = use({"method": "dense"})
+    batch = Batch(MIXED, dtype=torch.bfloat16)
+    batch.check(batch.run(builder, *layers[0]))
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["BHNC", "BNHC"])
+@pytest.mark.parametrize(
+    ("name", "options", "cls"), [("anchor", ANCHOR, AnchorConfig), ("s2", S2, S2Config)], ids=["anchor", "s2"]
+)
+def test_prefill_is_sparse_and_decode_dense(use, name, options, cls, layout):
+    builder, layers = use({"method": name, "options": options})
+    batch = Batch(MIXED, layout)
+    out = batch.run(builder, *layers[1])
+    batch.check(out, batch.by(name, cls(**options), PREFILLS))
+    assert (out.double() - batch.reference()).abs().max() > 0.05  # the method did leave something out
+
+
+def test_blasst_prefill_and_decode(use):
+    """A threshold of 0 skips nothing; a high one changes what is sparse, and with decode also that."""
+    batch = Batch(MIXED)
+    options = {"threshold": 0.0, "block_m": 32, "block_n": 32}
+    builder, layers = use({"method": "blasst", "options": options})
+    batch.check(batch.run(builder, *layers[0]))
+    options["threshold"] = 0.5
+    for decode, unchanged in (("dense", True), ("sparse", False)):
+        builder, layers = use({"method": "blasst", "options": options, "decode": decode})
+        out, ref = batch.run(builder, *layers[0]), batch.reference()
+        assert (out[3:].double() - ref[3:]).abs().max() > 1e-3
+        worst = (out[:3].double() - ref[:3]).abs().max()
+        assert (worst < 1e-5) == unchanged
+    literal = METHODS["blasst"].op(
+        batch.q[:1].transpose(0, 1)[None], *(x[0].transpose(0, 1)[None] for x in (batch.k, batch.v)),
+        is_causal=True, scale=SCALE, enable_gqa=True, engine="reference", **options,
+    )  # fmt: skip
+    assert_near(out[:1], literal[0].transpose(0, 1))
+
+
+def test_layers_may_differ(use):
+    builder, layers = use({"method": "s2", "options": S2, "layers": {"0": "dense"}})
+    batch = Batch(MIXED)
+    batch.check(batch.run(builder, *layers[0]))
+    batch.check(batch.run(builder, *layers[1]), batch.by("s2", S2Config(**S2), PREFILLS))
+
+
+def test_short_sequences_may_stay_dense(use):
+    builder, layers = use({"method": "s2", "options": S2, "min_keys": 90, "engine": "reference"})
+    batch = Batch(MIXED)
+    mask_of = batch.by("s2", S2Config(**S2), [4, 5, 7])
+    batch.check(batch.run(builder, *layers[0]), mask_of)
+
+
+def test_chunks_over_a_cached_prefix_give_what_the_whole_prompt_gives(use):
+    """S2's pattern depends on positions alone, so that chunks of whole blocks change nothing."""
+    builder, layers = use({"method": "s2", "options": S2})
+    whole = Batch([(256, 256)])
+    ref = whole.run(builder, *layers[0])
+    for first, last in ((0, 96), (96, 160), (160, 256)):
+        chunk = Batch([(last - first, last)])
+        chunk.q = whole.q[first:last]
+        chunk.k, chunk.v = ([x[0][:last]] for x in (whole.k, whole.v))
+        assert_near(chunk.run(builder, *layers[0]), ref[first:last])
+
+
+def test_rows_that_vllm_pads_and_empty_batches(use):
+    builder, layers = use({"method": "s2", "options": S2})
+    batch = Batch([(1, 20), (1, 1), (0, 1), (0, 1)])
+    batch.check(batch.run(builder, *layers[0]))
+    assert [x.kind for x in batch.metadata(builder).segments] == ["dense"]
+
+
+# -- recipes and tensor parallelism -------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path, config):
+    """Layer 0 dense; in layer 1 heads 0 and 3 by S2, 1 by AnchorAttention, 2 dense."""
+    groups = (
+        HeadGroup((0, 3), "s2", S2Config(**S2)),
+        HeadGroup((1,), "anchor", AnchorConfig(**ANCHOR)),
+        HeadGroup((2,), "dense", DenseConfig()),
+    )
+    whole = (HeadGroup((0, 1, 2, 3), "dense", DenseConfig()),)
+    made = Recipe(Fingerprint.of(config.model_config.hf_config), (LayerPlan(0, whole), LayerPlan(1, groups)))
+    made.save(tmp_path / "tiny.recipe.json")
+    return str(tmp_path / "tiny.recipe.json")
+
+
+def mask_of_recipe(batch):
+    s2 = batch.by("s2", S2Config(**S2, num_heads=H), PREFILLS)
+    anchor = batch.by("anchor", AnchorConfig(**ANCHOR), PREFILLS)
+
+    def mask_of(n, q, k):
+        if n not in PREFILLS:
+            return None
+        full = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool)
+        shards = s2(n, q, k).repeat_interleave(2, dim=1)  # a pattern for each key head
+        return torch.cat([shards[:, :1], anchor(n, q[:, 1:2], k[:, :1]), full, shards[:, 3:]], dim=1)
+
+    return mask_of
+
+
+def test_recipes_run_each_head_by_its_own_method(use, recipe):
+    builder, layers = use({"recipe": recipe})
+    batch = Batch(MIXED)
+    batch.check(batch.run(builder, *layers[0]))
+    batch.check(batch.run(builder, *layers[1]), mask_of_recipe(batch))
+
+
+@pytest.mark.parametrize("what", ["recipe", "s2"])
+def test_a_tensor_parallel_rank_follows_the_numbers_of_all_heads(use, recipe, what):
+    """Two ranks with one key head each give the two halves of what one with all heads gives."""
+    builder, layers = use({"recipe": recipe} if what == "recipe" else {"method": "s2", "options": S2})
+    impl, layer = layers[1]
+    rules = impl.rules_of(layer.layer_name)
+    batch = Batch(MIXED)
+    whole = batch.run(builder, impl, layer)
+    segment = batch.metadata(builder).segments[-1]
+    assert segment.kind == "prefill"
+    for rank in (0, 1):
+        own = batch.cache[:, rank : rank + 1]
+        out = rules["prefill"].attend(
+            batch.q[segment.first :, 2 * rank : 2 * rank + 2], *own.transpose(1, 2).split(D, dim=-1),
+            cu_seqlens_q=segment.cu_seqlens_q, block_table=segment.metadata.block_table,
+            seqused_k=segment.seqused_k, scale=SCALE, layer=1, engine=None,
+            heads=Heads(2, 1, H, HKV, 2 * rank),
+        )  # fmt: skip
+        assert_near(out, whole[segment.first :, 2 * rank : 2 * rank + 2])
+
+
+def test_a_recipe_of_another_model_is_refused(use, tmp_path, config):
+    other = transformers.LlamaConfig(
+        num_hidden_layers=3, num_attention_heads=H, num_key_value_heads=HKV, head_dim=D,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    plans = [LayerPlan(n, (HeadGroup((0, 1, 2, 3), "s2", S2Config()),)) for n in range(3)]
+    Recipe(Fingerprint.of(other), tuple(plans)).save(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"made for another model: num_layers is 2, the recipe's 3"):
+        use({"recipe": str(tmp_path / "other.json")})
+    with pytest.raises(ValueError, match=r"layers names \[2\]; this model's layers are 0 to 1"):
+        use({"method": "s2", "layers": {"2": "dense"}})
+
+
+def test_the_fingerprint_is_the_same_inside_vllm(config):
+    plain = transformers.AutoConfig.from_pretrained(config.model_config.model)
+    assert Fingerprint.of(plain) == Fingerprint.of(config.model_config.hf_config)
+
+
+# -- what vLLM asks of a backend ------------------------------------------------------------------------
+
+
+def test_registration(monkeypatch):
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    custom = registry.AttentionBackendEnum.CUSTOM
+    monkeypatch.delenv(ENV, raising=False)
+    plugin.register()
+    assert not custom.is_overridden()
+    monkeypatch.setenv(ENV, '{"method": "flash"}')
+    with pytest.raises(ValueError, match="unknown method 'flash'"):
+        plugin.register()
+    monkeypatch.setenv(ENV, '{"method": "s2"}')
+    plugin.register()
+    plugin.register()  # vLLM may call it several times
+    assert custom.get_class() is backend.SparseAttnBackend
+    assert registry.AttentionBackendEnum[backend.SparseAttnBackend.get_name()] is custom
+    registry.register_backend(custom, "another.package.Backend")
+    with pytest.raises(
+        ValueError, match=r"CUSTOM is another\.package\.Backend already; leave that plugin out"
+    ):
+        plugin.register()
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    with pytest.raises(ValueError, match=r"found vLLM 0\.34\.0"):
+        plugin.register()
+
+
+def test_what_vllm_validates(use):
+    use({"method": "s2"})
+    asked = {
+        "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": 16,
+        "attn_type": "decoder", "use_mla": False, "has_sink": False, "use_sparse": False,
+        "use_mm_prefix": False, "use_per_head_quant_scales": False, "device_capability": None,
+    }  # fmt: skip
+    validate = backend.SparseAttnBackend.validate_configuration
+    assert validate(**asked) == []
+    assert validate(**(asked | {"kv_cache_dtype": "fp8"})) == ["kv_cache_dtype not supported"]
+    assert validate(**(asked | {"head_size": 512})) == ["head_size not supported"]
+    assert validate(**asked, use_batch_invariant=True) == ["batch invariance not supported"]
+    assert validate(**asked, use_dcp=True) == ["DCP not supported"]
+
+
+def test_graphs_hold_only_what_vllm_runs(use, config):
+    builder, _ = use({"method": "s2"})
+    support = type(builder).get_cudagraph_support(config, builder.kv_cache_spec)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert builder.reorder_batch_threshold == 1
+    use({"method": "s2", "decode": "sparse"})
+    assert type(builder).get_cudagraph_support(config, builder.kv_cache_spec) == AttentionCGSupport.NEVER
+
+
+def test_the_profiling_run_gives_zeros(use):
+    _, ((impl, layer), _) = use({"method": "s2"})
+    out = torch.full((3, H, D), torch.nan)
+    assert impl.forward(layer, out, out, out, torch.empty(0), None, out).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [({"sliding_window": 64}, "a sliding window"), ({"logits_soft_cap": 9.0}, "a soft cap"),
+     ({"sinks": torch.zeros(H)}, "attention sinks"), ({"alibi_slopes": [0.5] * H}, "ALiBi")],
+    ids=["window", "softcap", "sinks", "alibi"],
+)  # fmt: skip
+def test_layers_that_no_method_covers_are_left_to_vllm(use, option, why):
+    builder, layers = use({"method": "s2"}, **option)
+    impl, layer = layers[0]
+    assert impl.not_covered == why
+    assert impl.rules_of(layer.layer_name) == {"prefill": None, "decode": None, "dense": None}
+    with pytest.raises(NotImplementedError, match=f"layer 0 has {why}, which vLLM's Triton kernels run"):
+        Batch([(40, 40)]).run(builder, impl, layer)
+
+
+# -- the kernels that vLLM has itself -------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """As on a GPU: dense sequences go through vLLM's Triton kernels."""
+    assert vllm.triton_utils.HAS_TRITON
+    monkeypatch.setattr(backend, "runs_vllm_kernels", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))  # chooses tile sizes
+
+
+FEW = [(1, 20), (1, 33), (40, 70), (33, 33), (2, 50)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["BHNC", "BNHC"])
+def test_dense_sequences_run_vllms_kernels_beside_sparse_ones(use, kernels, monkeypatch, layout):
+    ran = []
+    stock = backend.TritonAttentionImpl.forward
+
+    def counted(self, layer, query, *args):
+        ran.append(len(query))
+        return stock(self, layer, query, *args)
+
+    monkeypatch.setattr(backend.TritonAttentionImpl, "forward", counted)
+    builder, layers = use({"method": "s2", "options": S2, "min_keys": 60, "layers": {"0": "dense"}})
+    batch = Batch(FEW, layout)
+    for _, layer in layers:
+        layer._k_scale = layer._v_scale = torch.ones(())
+    kinds = [(x.kind, x.first, x.last) for x in batch.metadata(builder).segments]
+    assert kinds == [("dense", 0, 2), ("prefill", 2, 42), ("dense", 42, 77)]
+    batch.check(batch.run(builder, *layers[1]), batch.by("s2", S2Config(**S2), [2]))
+    assert ran == [2, 35]
+    ran.clear()
+    batch.check(batch.run(builder, *layers[0]))
+    assert ran == [79]  # the whole batch, padding included, in one call
+    decode = Batch([(1, 20), (1, 33)], layout)
+    assert decode.metadata(builder).segments is None
+    decode.check(decode.run(builder, *layers[1]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_layers_with_a_window_run_vllms_kernels(use, kernels):
+    builder, layers = use({"method": "s2", "options": S2}, sliding_window=24)
+    batch = Batch(FEW)
+    layers[0][1]._k_scale = layers[0][1]._v_scale = torch.ones(())
+
+    def window(n, q, k):
+        L, S = q.shape[2], k.shape[2]
+        return torch.ones(1, 1, L, S, dtype=torch.bool).triu(S - L - 23)
+
+    batch.check(batch.run(builder, *layers[0]), window)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_bidirectional_batches_run_vllms_kernels(use, kernels):
+    builder, _ = use({"method": "s2", "options": S2})
+    batch = Batch([(40, 40)])
+    common = batch.common()
+    common.causal = False
+    assert builder.build(0, common).segments is None
