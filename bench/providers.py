@@ -82,6 +82,13 @@ def our_engine(problem: Problem, wanted: str | None = None, *, allow_reference: 
     return next((name for name in names if not ENGINES[name].why_not(call_of(problem))), None)
 
 
+def passed_over(problem: Problem, engine: str) -> dict[str, str]:
+    """The engines that come before this one and refuse the problem, each with its first reason."""
+    before = list(ENGINES)[: list(ENGINES).index(engine)]
+    reasons = {name: ENGINES[name].why_not(call_of(problem)) for name in before}
+    return {name: why[0] for name, why in reasons.items() if why}
+
+
 def why_no_engine(problem: Problem) -> str:
     """Every engine's first reason, the reference apart."""
     reasons = {n: e.why_not(call_of(problem)) for n, e in ENGINES.items() if n != "reference"}

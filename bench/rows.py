@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_attn.bench.cases import Case, SkipTo
 from sparse_attn.bench.problem import Problem
-from sparse_attn.bench.providers import OURS, Provider
+from sparse_attn.bench.providers import OURS, Provider, passed_over
 from sparse_attn.bench.timing import Times, paired_best_ratio, paired_ratio
 
 Row = dict[str, Any]
@@ -57,6 +57,8 @@ def make_rows(entries: list[Entry], times: dict[str, Times], step: str) -> list[
             row["best_dense"] = best.split("/")[-1]
             row["sparse_efficiency"] = round(paired_ratio(dense[best], mine) * problem.density, 4)
         if entry.is_ours:
+            if refused := passed_over(problem, entry.provider.name.removeprefix("ours-")):
+                row["passed_over"] = refused
             others = [e for e in entries if e.provider.dense or e.problem is problem]
             row["speed_vs"] = {
                 e.provider.name: round(paired_ratio(times[e.key], mine), 4) for e in others if e is not entry

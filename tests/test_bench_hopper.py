@@ -122,6 +122,13 @@ def test_cases_run_short():
         assert found[case.name]["rivals"] == {"timed": ["sdpa"], "absent": []}
 
 
+def test_rows_say_why_an_earlier_engine_did_not_run():
+    rows = run_cases([replace(TINY, peers=("sdpa",))], QUIET).rows
+    (row,) = [row for row in rows if row["provider"] == "ours-reference"]
+    assert "hopper" in row["passed_over"] and "reference" not in row["passed_over"]
+    assert all("passed_over" not in row for row in rows if row["provider"] == "sdpa")
+
+
 def test_only_picks_cases_by_their_first_letters():
     names = [case.name for case in chosen(CASES["hopper"], "dense-d64, s2")]
     assert names == ["dense-d64-full-s16384", "dense-d64-causal-s16384", "s2-s32768", "s2-s131072"]
