@@ -141,17 +141,33 @@ def _load(
 ) -> tuple[LoadedModel, LanguageModel]:
     if samples < 1 or checks < 0 or tokens < 2:
         raise ValueError("search: --samples and --tokens must be positive, --checks at least 0.")
+    loaded = load_language_model(model, tokens)
+    ids = text_samples(loaded, read_calibration_text(text), tokens, samples + checks).to(loaded.model.device)
+    return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
+
+
+def load_language_model(model: str, tokens: int) -> LoadedModel:
+    """The named model in evaluation mode, on a GPU in bfloat16 where there is one.
+
+    Raises:
+        MissingAssetError: the demo's model is not installed.
+        ValueError: no model there, or it reads fewer tokens.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     loaded = load_model(None if model == DEMO else Path(model), device=device, dtype=dtype)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise ValueError(f"search: --tokens is {tokens}; {loaded.name} reads at most {longest}.")
-    ids = text_samples(loaded, _read(text), tokens, samples + checks).to(device)
-    return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
+        raise ValueError(f"search: {tokens} tokens were asked for; {loaded.name} reads at most {longest}.")
+    return loaded
 
 
-def _read(path: Path | None) -> str:
+def read_calibration_text(path: Path | None) -> str:
+    """The text of a file, or the demo's.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     if path is None:
         return read_text()
     try:
@@ -233,7 +249,7 @@ def print_found(found: Found, out: Path, folder: Path, console: Console) -> None
 def _held_out(
     loaded: LoadedModel, language: LanguageModel, found: Found, path: Path, tokens: int, console: Console
 ) -> None:
-    ids = text_samples(loaded, _read(path), tokens, 1).to(language.ids.device)
+    ids = text_samples(loaded, read_calibration_text(path), tokens, 1).to(language.ids.device)
     before = language.loss_on(ids, sdpa_layer)
     after = language.loss_on(ids, recipe_attention(found.recipe, language.phase))
     e = torch.tensor([before, after]).exp().tolist()
