@@ -11,7 +11,7 @@ ModelOpt use.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,8 +183,19 @@ class Sparsities:
         ]
 
 
+def _rising(points: Iterable[tuple[int, float, float]]) -> Iterator[tuple[int, float, float]]:
+    """Of each length, the trials that skip at least one percent more than the one before: a sparsity's
+    threshold is the least lambda that reaches it, and where the curve is flat the others say nothing."""
+    reached: dict[int, float] = {}
+    for length, x, s in sorted(points):
+        if s > reached.get(length, 0.0) + 0.01:
+            reached[length] = s
+            yield length, x, s
+
+
 def fit(points: Iterable[tuple[int, float, float]]) -> Fit:
-    """Least squares of ln(lambda * L) = ln(a) + b * s over the points with 0.1 <= s <= 0.9.
+    """Least squares of ln(lambda * L) = ln(a) + b * s over the points with 0.1 <= s <= 0.9 at which
+    the sparsity still rises.
 
     Args:
         points: (length L, lambda, sparsity s).
@@ -192,7 +203,7 @@ def fit(points: Iterable[tuple[int, float, float]]) -> Fit:
     Raises:
         ValueError: fewer than three such points, or all of one sparsity.
     """
-    used = [(s, math.log(x * length)) for length, x, s in points if LOWEST <= s <= HIGHEST]
+    used = [(s, math.log(x * length)) for length, x, s in _rising(points) if LOWEST <= s <= HIGHEST]
     if len(used) < FEWEST or len({s for s, _ in used}) < 2:
         raise ValueError(
             f"calibrate: only {len(used)} trials gave a sparsity between {LOWEST} and {HIGHEST}; "

@@ -85,7 +85,7 @@ def test_a_calibrated_recipe_comes_to_its_target(tmp_path):
     assert {len(seen.points(phase)) for phase in ("prefill", "decode")} == {len(TRIALS)}
     whole = fit(seen.points("prefill"))
     fingerprint = Fingerprint("Toy", 1, 4, 2, 16, "sha256:" + "0" * 64)
-    target = 0.4
+    target = 0.6
     layers = recipe_layers(seen, fingerprint, target, per_head=True, whole=whole)
     Recipe(fingerprint, tuple(layers)).save(tmp_path / "r.json")
     plan = Recipe.load(tmp_path / "r.json").plan_for(0)
