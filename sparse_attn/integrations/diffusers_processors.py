@@ -96,14 +96,16 @@ class SparseProcessor:
             raise ValueError(
                 f"sparse_attn: the text mask has {len(self.state.real_text)} rows, layer {self.layer} {B}."
             )
-        out = q.new_zeros(B, q.shape[1], N, v.shape[-1])
-        for real in dict.fromkeys(self.state.real_text):
-            same = [b for b, n in enumerate(self.state.real_text) if n == real]
-            rows: Any = slice(None) if len(same) == B else same
-            end = tokens.num_video + real
-            own = Tokens(tokens.grid, real, tokens.text_first)
-            part = [x[rows, :, :end] for x in (q, k, v)]
-            out[rows, :, :end] = self._rows(*part, tokens=own, rows=str(same), scale=scale)
+        groups = self.state.row_groups
+        out = None if len(groups) == 1 else q.new_zeros(B, q.shape[1], N, v.shape[-1])
+        for own, rows in groups:
+            end = own.num_video + own.text_len
+            part = [(x if out is None else x[rows]).narrow(2, 0, end) for x in (q, k, v)]
+            real = self._rows(*part, tokens=own, rows=str(rows), scale=scale)
+            if out is None:
+                return torch.constant_pad_nd(real, (0, 0, 0, N - end))
+            out[rows, :, :end] = real
+        assert out is not None
         return out
 
     def _rows(self, q: Tensor, k: Tensor, v: Tensor, *, tokens: Tokens, rows: str, scale: float) -> Tensor:

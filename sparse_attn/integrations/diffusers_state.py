@@ -7,7 +7,7 @@ the arguments of the call, once for all layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class CallState:
         step, pass_number: of the present call, from 0; -1 before the first.
         tokens: of the present call.
         real_text: real text tokens of each row, None where all are.
+        row_groups: rows of equally many real tokens: the tokens without padding, and the rows.
     """
 
     family: Family
@@ -81,6 +82,7 @@ class CallState:
     pass_number: int = 0
     tokens: Tokens | None = None
     real_text: list[int] | None = None
+    row_groups: list[tuple[Tokens, list[int]]] = field(default_factory=list)
     told: bool = False
     _timestep: float | None = None
     _caches: dict[Hashable, LayoutCache] = field(default_factory=dict)
@@ -94,6 +96,10 @@ class CallState:
         real = None if mask is None else mask.sum(1).tolist()
         whole = real is None or all(n == self.tokens.text_len for n in real)
         self.real_text = None if whole else [int(n) for n in real]  # type: ignore[union-attr]
+        by_length: dict[int, list[int]] = {}
+        for row, length in enumerate(self.real_text or ()):
+            by_length.setdefault(length, []).append(row)
+        self.row_groups = [(replace(self.tokens, text_len=n), rows) for n, rows in by_length.items()]
         if self.num_steps is None:
             return
         if self.told:

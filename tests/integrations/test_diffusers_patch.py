@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +211,14 @@ def test_compiled_whole():
     out = call(compiled, shorter)
     assert_near(out, call(model, shorter))
     assert (out - ref).abs().max() > 1e-4
+
+
+# -- the page -------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "integrations_diffusers.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(example, "integrations_diffusers.md", "exec"), {"__name__": "page"})
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 6 and set(printed) <= {line.strip() for line in page.splitlines()}

@@ -31,7 +31,7 @@ if not vllm.__version__.startswith("0.33"):
     pytest.skip(f"vllm {vllm.__version__} is not the tested 0.33", allow_module_level=True)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import AttentionConfig, ModelConfig, VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.config.device import DeviceConfig  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import registry  # noqa: E402
@@ -381,6 +381,14 @@ def test_registration(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
     with pytest.raises(ValueError, match=r"found vLLM 0\.34\.0"):
         plugin.register()
+
+
+def test_the_backend_is_chosen_by_its_name_on_the_command_line(monkeypatch):
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    monkeypatch.setenv(ENV, '{"method": "s2"}')
+    plugin.register()
+    chosen = AttentionConfig(backend="CUSTOM").backend
+    assert chosen.get_class() is backend.SparseAttnBackend
 
 
 def test_what_vllm_validates(use):

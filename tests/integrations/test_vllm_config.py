@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -157,3 +158,20 @@ def test_without_settings_vllm_is_not_even_imported():
         "assert not [m for m in sys.modules if m.partition('.')[0] == 'vllm']"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PATH": ""})
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "integrations_vllm.md").read_text()
+
+
+def test_the_example_of_the_page_runs(monkeypatch, capsys):
+    monkeypatch.setenv(ENV, "")
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    exec(compile(example, "integrations_vllm.md", "exec"), {"__name__": "page"})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == ["0 dense", "1 anchor(theta=10.0)", "3 blasst(threshold_scale=100.0)"]
+    assert "thta" in "".join(printed[3:]) and "decode: is 'fast'" in "".join(printed[3:])
+
+
+def test_the_settings_on_the_page_are_good():
+    (text,) = re.findall(r"export SPARSE_ATTN_VLLM_CONFIG='(.*)'", PAGE)
+    assert load_settings(text).min_keys == 8192
