@@ -48,6 +48,7 @@ NAME = "sparse_attn"
 CONFIG = "sparse_attention_config"
 PENDING = "_sparse_attn_pending"  # of a layer whose keys an S2Cache has just taken: it runs the call
 _LOADED = "_sparse_attn_loaded"
+_SPANS = "_sparse_attn_spans"
 
 
 class DenseFallbackWarning(UserWarning):
@@ -330,7 +331,7 @@ def attention_forward(
             rows = {}
         return chosen(q, k, v, layer=layer, is_causal=causal, scale=scale, **rows)
 
-    if (cached := getattr(module, PENDING, None)) is not None:
+    if (cached := module.__dict__.get(PENDING)) is not None:
         setattr(module, PENDING, None)
         out = cached.attend(query, key, value, attention_mask, sparse, scale)
     elif chosen is None:
@@ -379,7 +380,16 @@ def _can_cut(module: Any, query: Tensor, key: Tensor, mask: Tensor, causal: bool
 
 
 def _real_tokens(padding: Tensor) -> list[tuple[int, int]] | None:
-    """Per sequence, the half-open range of its real tokens; None if one has holes. Synchronises."""
+    """Per sequence, the half-open range of its real tokens; None if one has holes.
+
+    Reading them synchronises, and the layers of a forward pass share their mask, so that it keeps them.
+    """
+    if not hasattr(padding, _SPANS):
+        setattr(padding, _SPANS, _read_spans(padding))
+    return getattr(padding, _SPANS)
+
+
+def _read_spans(padding: Tensor) -> list[tuple[int, int]] | None:
     count = padding.sum(-1)
     first = padding.to(torch.uint8).argmax(-1)
     position = torch.arange(padding.shape[1], device=padding.device)

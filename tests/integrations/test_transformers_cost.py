@@ -1,0 +1,111 @@
+"""What the adapter adds to a layer's call: few microseconds, one view, no synchronisation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_transformers_patch import WINDOW, logits, tiny_model, tokens  # noqa: E402
+
+import sparse_attn as sa  # noqa: E402
+from sparse_attn.integrations.transformers import attention_forward  # noqa: E402
+
+LIMIT_US = 20
+
+
+class Count(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops[func.overloadpacket._qualified_op_name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ops(call: Callable) -> Counter[str]:
+    call()  # layouts are made once
+    with Count() as count:
+        call()
+    return count.ops
+
+
+def cpu_us(call: Callable, calls: int = 100, repeats: int = 40) -> float:
+    """Microseconds of this thread's own processor time, the least of many: other load adds to neither."""
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.thread_time()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.thread_time() - start) / calls)
+    return best * 1e6
+
+
+def layer_call(model, mask=None, q_length: int = 64) -> tuple[Callable, tuple[torch.Tensor, ...]]:
+    """A call as transformers' own layers make it, and its tensors."""
+    module = model.model.layers[0].self_attn
+    q, k = torch.randn(1, 4, q_length, 16), torch.randn(1, 2, 64, 16)
+    how = {"dropout": 0.0, "scaling": 0.25, "sliding_window": None}
+    return lambda: attention_forward(module, q, k, k, mask, **how), (q, k)
+
+
+@pytest.mark.parametrize("mask", [None, "padding"])
+def test_time_beyond_the_attention(mask: str | None) -> None:
+    """Against a function that computes nothing. With padding: that, slicing and one copy of the output."""
+    given = None
+    if mask:
+        given = torch.ones(1, 64, dtype=torch.bool)
+        given[:, :5] = False
+    out = torch.randn(1, 4, 64, 16)
+
+    def nothing(q, k, v, *, layer, is_causal, scale):
+        return out[:, :, : q.shape[2]]
+
+    model = tiny_model()
+    with torch.no_grad(), sa.patched(model, nothing):
+        call, (q, k) = layer_call(model, given)
+        added = cpu_us(call) - cpu_us(lambda: nothing(q, k, k, layer=0, is_causal=True, scale=0.25))
+    assert added < LIMIT_US * (1 if mask is None else 3), f"{added:.1f} us"
+
+
+def test_dense_costs_little_more_than_pytorchs_function() -> None:
+    model = tiny_model()
+    with torch.no_grad(), sa.patched(model, "dense"):
+        call, (q, k) = layer_call(model, q_length=1)
+        dense = torch.nn.functional.scaled_dot_product_attention
+        added = cpu_us(call) - cpu_us(lambda: dense(q, k, k, scale=0.25, enable_gqa=True))
+    assert added < LIMIT_US, f"{added:.1f} us"
+
+
+def test_operators_beyond_those_of_the_method() -> None:
+    """One: the transpose that transformers' layout of the output needs."""
+    model = tiny_model()
+    with torch.no_grad(), sa.patched(model, "s2", **WINDOW):
+        call, (q, k) = layer_call(model)
+        how = {"is_causal": True, "scale": 0.25, "enable_gqa": True}
+        assert ops(call) - ops(lambda: sa.s2_attention(q, k, k, **WINDOW, **how)) == {"aten::transpose": 1}
+
+
+def test_padding_is_read_once_for_all_layers() -> None:
+    """Each reading of a tensor's value waits for a GPU; layers after the first read none."""
+    mask = torch.ones(2, 60, dtype=torch.long)
+    mask[1, :7] = 0
+    reads = {}
+    for layers in (1, 4):
+        model = tiny_model(num_hidden_layers=layers)
+        with sa.patched(model, "s2", **WINDOW):
+            found = ops(lambda model=model: logits(model, tokens(2, 60), attention_mask=mask))
+        reads[layers] = sum(found[f"aten::{name}"] for name in ("_local_scalar_dense", "equal", "is_nonzero"))
+    assert reads[1] == reads[4] > 0
