@@ -88,7 +88,7 @@ setup(
     package_data={
         "sparse_attn": ["recipe_schema.json"],
         "sparse_attn.csrc": ["**/*"],
-        "sparse_attn.search": ["cost_tables/*.json"],
+        "sparse_attn.search": ["cost_tables/*.json", "report_page.*"],
     },
     cmdclass={"build_py": BuildWithLibraries, "bdist_wheel": LibraryWheel},
     distclass=LibraryDistribution,

@@ -14,6 +14,7 @@ COMMANDS = {
     "bench": "sparse_attn.bench.run:bench_command",
     "recipe": "sparse_attn.recipe_command:recipe_command",
     "search": "sparse_attn.search.commands:search_command",
+    "report": "sparse_attn.search.report:report_command",
     "calibrate": "sparse_attn.search.calibrate_command:calibrate_command",
 }
 
