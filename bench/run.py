@@ -239,8 +239,18 @@ def bench_command(
     picture: Annotated[str | None, typer.Option("--plot", help="Write a plot to this file.")] = None,
     only: Annotated[str | None, typer.Option(help="Prefixes of case names, comma-separated.")] = None,
     show: Annotated[str | None, typer.Option(help="Print the tables of this .jsonl file instead.")] = None,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(help="Measure what `sparse-attn search` predicts times with, into this file."),
+    ] = None,
 ) -> None:
     """Time sparse attention beside its peers and say which bars are met."""
+    if cost_table is not None:
+        from sparse_attn.search.cost_measure import measure_table
+
+        on = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cost_table.write_text(measure_table(device=on, length=length or 4096, advance=_log).to_json())
+        return
     options = {"out": out, "engine": engine, "device": device, "length": length, "heads": heads, "only": only}
     status = show_file(show) if show else _finish(suite, **options, budget_s=budget_s, picture=picture)
     sys.exit(status)

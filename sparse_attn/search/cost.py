@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparse_attn.search.measure import Scores
@@ -242,8 +242,8 @@ def select_key(method: str, config: Any) -> str:
     return " ".join([method, *parts])
 
 
-def paper_loss(mse: Sequence[float], density: Sequence[float], penalty: float) -> list[float]:
+def paper_loss(mse: np.ndarray, density: np.ndarray, penalty: float) -> np.ndarray:
     """Eq. 2 of Sparse-vDiT (arXiv 2506.03065): L_i = MSE(O_i, O_0) + lambda * (1 - S_i), with S_i the
     sparsity of mode i. (Algorithm 1 of its appendix has lambda * S_i, which would reward density; the text,
     Fig. 5 and Eq. 2 agree with each other.)"""
-    return [m + penalty * d for m, d in zip(mse, density, strict=True)]
+    return mse + penalty * density

@@ -119,7 +119,7 @@ def paper_greedy(
     Returns:
         int64 [heads].
     """
-    loss = np.array([paper_loss(m, d, penalty) for m, d in zip(mse.tolist(), density.tolist(), strict=True)])
+    loss = paper_loss(mse, density, penalty)
     loss[:, full] = np.inf
     choice = loss.argmin(1)
     return np.where(loss.min(1) > epsilon, full, choice)
@@ -133,7 +133,7 @@ def greedy_at_error(
     The rule's choice for a head does not depend on epsilon, only whether the head is full does: every
     epsilon worth trying is one head's least loss.
     """
-    loss = np.array([paper_loss(m, d, penalty) for m, d in zip(mse.tolist(), density.tolist(), strict=True)])
+    loss = paper_loss(mse, density, penalty)
     loss[:, full] = np.inf
     best = np.full(len(loss), full)
     for epsilon in np.sort(loss.min(1)):

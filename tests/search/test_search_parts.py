@@ -23,6 +23,7 @@ from sparse_attn.recipe_check import DenseConfig
 from sparse_attn.search.candidates import Candidate, Shape, default_candidates, distinct, load_candidates
 from sparse_attn.search.capture import ShardWriter, intercept_sdpa, query_runs, read_shards, sdpa
 from sparse_attn.search.cost import CostTable, SelectRow, TileRow, paper_loss, select_key, shipped_table
+from sparse_attn.search.cost_measure import measure_table
 from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
 from sparse_attn.search.solve import Problem, greedy_at_error, paper_greedy, solve
 
@@ -271,6 +272,17 @@ def test_tables_survive_their_file(tmp_path):
         CostTable.load(path)
 
 
+def test_a_measured_table_has_every_kernel(tmp_path):
+    threads = torch.get_num_threads()
+    made = measure_table(length=512, head_dims=(16,), dtypes=(torch.float32,), rounds=1)
+    assert torch.get_num_threads() == threads and made.threads == 1
+    assert {r.kernel for r in made.tiles} == {"blocks", "skipped", "columns"}
+    assert all(r.us >= 0 and 0 < r.density <= 1 for r in made.tiles) and made.call_us > 0
+    assert {r.key.split()[0] for r in made.select} == {"anchor", "sparsed"}
+    (tmp_path / "t.json").write_text(made.to_json())
+    assert CostTable.load(tmp_path / "t.json").to_json() == made.to_json()
+
+
 def test_the_shipped_table_covers_the_default_candidates():
     t = shipped_table("cpu")
     for c in default_candidates(replace(SHAPE, length=4096, head_dim=64)):
@@ -317,7 +329,7 @@ def test_the_solver_shares_calls():
 
 def test_the_papers_rule():
     mse, density = np.array([[0.0, 0.3, 0.1], [0.0, 2.0, 1.5]]), np.array([[1.0, 0.2, 0.9], [1.0, 0.2, 0.9]])
-    assert paper_loss(mse[0].tolist(), density[0].tolist(), 0.5) == pytest.approx([0.5, 0.4, 0.55])
+    assert paper_loss(mse, density, 0.5)[0] == pytest.approx([0.5, 0.4, 0.55])
     assert paper_greedy(mse, density, penalty=0.5, epsilon=1.0).tolist() == [1, 0]
     assert paper_greedy(mse, density, penalty=0.5, epsilon=3.0).tolist() == [1, 2]
     assert paper_greedy(mse, density, penalty=2.0, epsilon=9.0).tolist() == [1, 1]
