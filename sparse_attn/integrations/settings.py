@@ -7,13 +7,15 @@ and `torch.compile` sees it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sparse_attn.layout import SparseLayout
 from sparse_attn.methods import METHODS, Context, Method
 from sparse_attn.methods.base import run
 from sparse_attn.recipe import LayerPlan, Recipe, run_layer
@@ -33,17 +35,28 @@ class MethodAttention:
     method: Method
     config: Any
     engine: str | None = None
+    _moved: dict[torch.device, Any] = field(default_factory=dict, repr=False)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float
     ) -> Tensor:
+        config = self._moved.get(q.device)
+        if config is None:
+            config = self._moved[q.device] = _on_device(self.config, q.device)
         return run(
-            self.method, q, k, v, self.config, is_causal=is_causal, scale=scale, enable_gqa=True,
+            self.method, q, k, v, config, is_causal=is_causal, scale=scale, enable_gqa=True,
             engine=self.engine, context=Context(layer=layer),
         ).out  # fmt: skip
 
     def __str__(self) -> str:
         return describe(self.method.name, self.config)
+
+
+def _on_device(config: Any, device: torch.device) -> Any:
+    """The config with its tensors on a device: a model may be moved after it was patched."""
+    held = {f.name: getattr(config, f.name) for f in fields(config) if f.init} if is_dataclass(config) else {}
+    moved = {name: x.to(device) for name, x in held.items() if isinstance(x, (Tensor, SparseLayout))}
+    return replace(config, **moved) if moved else config
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,17 +281,17 @@ def describe(method: str, config: Any) -> str:
     if not is_dataclass(config):
         return method
     shown = [
-        f"{field.name}={_short(value)}"
-        for field in fields(config)
-        if field.init and not _is_default(field, value := getattr(config, field.name))
+        f"{each.name}={_short(value)}"
+        for each in fields(config)
+        if each.init and not _is_default(each, value := getattr(config, each.name))
     ]
     return f"{method}({', '.join(shown)})" if shown else method
 
 
-def _is_default(field: Field, value: Any) -> bool:
-    if isinstance(value, Tensor) or field.default is MISSING:
+def _is_default(of: Field, value: Any) -> bool:
+    if isinstance(value, Tensor) or of.default is MISSING:
         return False
-    return type(value) is type(field.default) and value == field.default
+    return type(value) is type(of.default) and value == of.default
 
 
 def _short(value: Any) -> str:
