@@ -17,8 +17,10 @@ is patched, not before.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from os import PathLike
 from typing import Any
 
@@ -34,6 +36,7 @@ from sparse_attn.integrations.diffusers_processors import (
 from sparse_attn.integrations.diffusers_state import CallState, Family, Tokens
 from sparse_attn.recipe import Recipe
 
+TESTED = "0.42"  # our processors do what those of this version do; a later one may change them
 _ATTRIBUTE = "_sparse_attn_patch"  # as `patching.py` names its own
 
 
@@ -157,6 +160,7 @@ def patch(
         >>> patch(pipe.transformer, "sparsed", num_steps=50, select_ratio=0.3)
     """
     family = _family(model)
+    _check_version()
     if is_patched(model):
         raise ValueError(
             f"patch: this {type(model).__name__} is patched already; call sparse_attn.unpatch(model) first."
@@ -274,6 +278,16 @@ def step_callback(*models: nn.Module) -> Callable[..., dict[str, Any]]:
 
 
 # -- checks and choices -------------------------------------------------------------------------------
+
+
+def _check_version() -> None:
+    found = import_module("diffusers").__version__
+    if found != TESTED and not found.startswith(f"{TESTED}."):
+        warnings.warn(
+            f"patch: found diffusers {found}; tested with {TESTED}.x. Check once that "
+            'patch(model, "vdit", patterns="full") gives what the stock model gives.',
+            stacklevel=4,
+        )
 
 
 def _family(model: Any) -> Family:

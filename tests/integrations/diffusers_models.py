@@ -46,7 +46,7 @@ def cogvideox(rotary: bool = False) -> nn.Module:
     newer = {"patch_size_t": 2, "use_rotary_positional_embeddings": True, "patch_bias": False}
     return sharpened(
         diffusers.CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
+            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=2,
             text_embed_dim=32, num_layers=2, sample_width=16, sample_height=16, sample_frames=9, patch_size=2,
             temporal_compression_ratio=4, max_text_seq_length=20, **(newer if rotary else {}),
         )
@@ -84,9 +84,71 @@ def inputs(name: str, batch: int = 2, timestep: int = 900, dtype: torch.dtype = 
         "encoder_hidden_states": random(batch, 20, 32),
     }
     if name == "cogvideox-1.5":
-        angles = torch.rand(2 * 8 * 8, 4, generator=generator).repeat_interleave(2, dim=1) * 6
+        angles = torch.rand(2 * 8 * 8, 8, generator=generator).repeat_interleave(2, dim=1) * 6
         given["image_rotary_emb"] = (angles.cos(), angles.sin())
     return given
+
+
+def image_to_video(name: str) -> tuple[nn.Module, dict]:
+    """Variants with an image beside the prompt, and a call of them."""
+    torch.manual_seed(0)
+    if name == "hunyuan":
+        model = diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
+            num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, guidance_embeds=False,
+            text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+            image_condition_type="token_replace",
+        )  # fmt: skip
+        given = inputs("hunyuan")
+        given["encoder_attention_mask"][:] = True
+        return sharpened(model), given
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=8, out_channels=4,
+        text_dim=16, freq_dim=32, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
+        qk_norm="rms_norm_across_heads", image_dim=6, added_kv_proj_dim=24,
+    )  # fmt: skip
+    time = torch.full((2,), 500)
+    if name != "wan":  # as Wan 2.2 5B: the first frame is given, and clean
+        time = torch.full((2, 192), 500)
+        time[:, :64] = 0
+    given = {
+        "hidden_states": torch.randn(2, 8, 3, 16, 16),
+        "timestep": time,
+        "encoder_hidden_states": torch.randn(2, 512, 16),
+        "encoder_hidden_states_image": torch.randn(2, 5, 6),
+    }
+    return sharpened(model), given
+
+
+def pipeline(name: str) -> tuple[diffusers.DiffusionPipeline, dict]:
+    """A pipeline of HunyuanVideo or CogVideoX around the tiny model, and a call with ready embeddings."""
+    torch.manual_seed(0)
+    given = inputs("hunyuan" if name == "hunyuan" else "cogvideox", batch=2)
+    prompt = given["encoder_hidden_states"]
+    if name == "hunyuan":
+        vae = diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        )
+        pipe = diffusers.HunyuanVideoPipeline(
+            text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, vae=vae.eval(),
+            transformer=hunyuan(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )  # fmt: skip
+        return pipe, {
+            "prompt_embeds": prompt[1:], "prompt_attention_mask": given["encoder_attention_mask"][1:],
+            "pooled_prompt_embeds": given["pooled_projections"][1:], "height": 128, "width": 128,
+            "num_frames": 9,
+        }  # fmt: skip
+    vae = diffusers.AutoencoderKLCogVideoX(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    )
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=vae.eval(), scheduler=diffusers.DDIMScheduler(),
+        transformer=MODELS[name](),
+    )  # fmt: skip
+    return pipe, {
+        "prompt_embeds": prompt[:1], "negative_prompt_embeds": prompt[1:], "height": 128, "width": 128,
+        "num_frames": 9 if name == "cogvideox" else 13, "guidance_scale": 6.0,
+    }  # fmt: skip
 
 
 MODELS = {

@@ -8,7 +8,18 @@ import torch.nn.functional as F
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-from diffusers_models import GRIDS, LAYERS, MODELS, TEXT, assert_near, call, generate, inputs  # noqa: E402
+from diffusers_models import (  # noqa: E402
+    GRIDS,
+    LAYERS,
+    MODELS,
+    TEXT,
+    assert_near,
+    call,
+    generate,
+    image_to_video,
+    inputs,
+    pipeline,
+)
 
 import sparse_attn as sa  # noqa: E402
 from sparse_attn.integrations import diffusers as video  # noqa: E402
@@ -98,6 +109,24 @@ def test_rows_of_a_batch_are_independent(name):
         assert_near(out[row : row + 1], call(model, alone))
 
 
+@pytest.mark.parametrize("name", ["wan", "wan with a time for each token", "hunyuan"])
+def test_image_to_video_variants(name, monkeypatch):
+    """Wan's image tokens stay in cross-attention; HunyuanVideo's blocks that replace the first frame's."""
+    model, given = image_to_video(name)
+    patterns = VDiTConfig(PATTERNS, (3, 8, 8), 20 * (name == "hunyuan"), block_size=16)
+    ref = call(model, given)
+    video.patch(model, "vdit", patterns="full", block_size=32)
+    assert_near(call(model, given), ref)
+    video.unpatch(model)
+    video.patch(model, "vdit", patterns)
+    out = call(model, given)
+    video.unpatch(model)
+    mask = vdit_layout(patterns).to_dense()
+    seen = masked_stock(monkeypatch, lambda number: mask)
+    assert_near(out, call(model, given))
+    assert len(seen) == 2
+
+
 def test_other_methods_run(name):
     model, given = MODELS[name](), inputs(name)
     ref = call(model, given)
@@ -119,6 +148,11 @@ def test_fused_projections_and_gradients():
     loss.backward()
     norms = [block.attn1.to_k.weight.grad.norm() for block in model.blocks]
     assert all(n.isfinite() and n > 0 for n in norms)
+    model.zero_grad()
+    model.enable_gradient_checkpointing()
+    model(**given, return_dict=False)[0].square().sum().backward()
+    again = [block.attn1.to_k.weight.grad.norm() for block in model.blocks]
+    torch.testing.assert_close(again, norms)
     model.fuse_qkv_projections()
     assert_near(call(model, given), ref)
 
@@ -224,6 +258,34 @@ def test_pipeline_with_a_callback_and_guidance():
         sparse = run()
     assert (sparse - dense).abs().max() > 1e-4
     assert torch.equal(run(), dense)
+
+
+def test_pipelines_with_text_among_the_tokens(name):
+    """HunyuanVideo with a masked prompt, and CogVideoX with both prompts of the guidance in one batch."""
+    if name == "wan":
+        pytest.skip("has a test of its own")
+    pipe, given = pipeline(name)
+    pipe.set_progress_bar_config(disable=True)
+    model, seen = pipe.transformer, []
+
+    def run():
+        return pipe(
+            **given, num_inference_steps=3, output_type="latent", generator=torch.manual_seed(0)
+        ).frames
+
+    def watch(q, k, v, *, layer, is_causal, scale):
+        state = model._sparse_attn_patch.state
+        seen.append((state.step, state.pass_number, layer, q.shape[0], q.shape[2]))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    dense = run()
+    with sa.patched(model, watch, num_steps=3):
+        assert_near(run(), dense)
+    batch, grid = (1, (3, 8, 8)) if name == "hunyuan" else (2, GRIDS[name])
+    tokens = grid[0] * grid[1] * grid[2] + (13 if name == "hunyuan" else 20)
+    assert seen == [(step, 0, layer, batch, tokens) for step in range(3) for layer in range(LAYERS[name])]
+    with sa.patched(model, "sparsed", num_steps=3, skip_ratio=0.3, select_ratio=0.4, block_size=16):
+        assert (run() - dense).abs().max() > 1e-4
 
 
 # -- recipes ------------------------------------------------------------------------------------------
