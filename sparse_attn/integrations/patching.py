@@ -120,10 +120,10 @@ def patch(
         for number, choice in _choices(layers, numbers).items()
     }
     settings: dict[nn.Module, Setting] = dict.fromkeys(model.modules(), default)
-    for _, module in modules:
+    for name, module in modules:
         own = by_layer.get(module.layer_idx)
         why = "" if own is None else "asked for by `layers`"
-        settings[module] = fit(module, own or by_default[module.layer_idx], why)
+        settings[module] = fit(module, own or by_default[module.layer_idx], why, name)
     before = adapter.switch(model)
     for module, setting in settings.items():
         setattr(module, ATTRIBUTE, setting)
@@ -213,7 +213,7 @@ def _check_one_stack(modules: list[tuple[str, Any]], recipe: Recipe) -> None:
     """A recipe numbers the layers of one stack."""
     names: dict[int, str] = {}
     for name, module in modules:
-        if is_cross_attention(module):
+        if is_cross_attention(module, name):
             continue
         if module.layer_idx in names:
             raise ValueError(

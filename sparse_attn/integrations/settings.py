@@ -232,10 +232,11 @@ def attention_of_plan(plan: LayerPlan, engine: str | None) -> AttentionFunction 
 # -- from the layer -------------------------------------------------------------------------------------
 
 
-def fit(module: nn.Module, setting: Setting, reason: str = "") -> Setting:
+def fit(module: nn.Module, setting: Setting, reason: str = "", name: str = "") -> Setting:
     """The setting as this layer can follow it, with the reason where it cannot.
 
     Args:
+        name: of the layer in its model, which tells cross-attention where its class does not.
         reason: what to say where nothing about the layer stands against the setting.
     """
     window = _window(module)
@@ -243,7 +244,7 @@ def fit(module: nn.Module, setting: Setting, reason: str = "") -> Setting:
     if stock:
         reason = f"{stock}: runs the model's own eager attention"
         return replace(setting, window=window, reason=reason, is_stock=True)
-    if is_cross_attention(module):
+    if is_cross_attention(module, name):
         return replace(setting, attention=None, decode=None, reason="cross-attention")
     if window is not None:
         some = "" if setting.attention is None else f"{name_of(setting.attention)} up to {window} keys, then "
@@ -251,8 +252,10 @@ def fit(module: nn.Module, setting: Setting, reason: str = "") -> Setting:
     return replace(setting, reason=reason)
 
 
-def is_cross_attention(module: nn.Module) -> bool:
-    return "cross" in type(module).__name__.lower() or bool(getattr(module, "is_cross_attention", False))
+def is_cross_attention(module: nn.Module, name: str) -> bool:
+    names = f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
+    told = any(word in names for word in ("cross", "encoder_attn", "encdec"))
+    return told or bool(getattr(module, "is_cross_attention", False))
 
 
 def _window(module: Any) -> int | None:
@@ -270,6 +273,8 @@ def _window(module: Any) -> int | None:
 def _not_plain_softmax(module: Any) -> str:
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return f"softcap {module.attn_logit_softcapping:g}"
+    if hasattr(module, "has_relative_attention_bias"):
+        return "position bias"
     return "attention sinks (s_aux)" if isinstance(getattr(module, "sinks", None), Tensor) else ""
 
 

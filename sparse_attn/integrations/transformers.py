@@ -178,6 +178,11 @@ _read_config._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _new_setting(module: Any, config: Any, asked: Mapping[str, Any]) -> Setting:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{NAME}: which layers of an encoder-decoder are cross-attention can only be told from the whole "
+            "model; call sparse_attn.patch(model, ...) on it."
+        )
     recipe, common, by_layer = _read_request(NAME, asked)
     number = getattr(module, "layer_idx", None)
     if number in by_layer:
