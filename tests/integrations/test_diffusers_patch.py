@@ -186,7 +186,7 @@ def test_compiled_blocks_serve_all_layers_and_steps(name):
         out = generate(model, name, steps=3, passes=1)
         return out, torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
-    # What the stock models have too: a graph for each kind of block, and one where its input's strides change.
+    # As stock models have: a graph for each kind of block, and one where its input's strides change.
     stock_graphs = compiled(MODELS[name]())[1] if name == "wan" else {"hunyuan": 3, "cogvideox": 2}[name]
     options = {"num_steps": 3, "skip_ratio": 0.5, "select_ratio": 0.3, "block_size": 16}
     layers = {1: ("vdit", {"patterns": PATTERNS, "block_size": 16})}
