@@ -48,17 +48,19 @@ class TileRow:
 
 @dataclass(frozen=True)
 class SelectRow:
-    """Microseconds that a selection takes, a head.
+    """Microseconds that a selection takes.
 
     Attributes:
         key: `select_key` of the method and its settings.
         head_dim, length: what was measured.
+        us: a query head. call_us: a call, however many heads it has.
     """
 
     key: str
     head_dim: int
     length: int
     us: float
+    call_us: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,26 +145,20 @@ class CostTable:
         work = block_m * block_n * head_dim / (best.block_m * best.block_n * best.head_dim)
         return curve, work
 
-    def select_us(self, key: str, head_dim: int, length: int) -> float | None:
-        """Microseconds of a selection, a head, between or beyond measured lengths by a power law, in
-        proportion to the head size; 0 for methods that look their layouts up by shape; None where none
-        was measured."""
+    def select_us(self, key: str, head_dim: int, length: int) -> tuple[float, float] | None:
+        """Microseconds of a selection, a head and a call, between or beyond measured lengths by a power
+        law, in proportion to the head size; 0 for methods that look their layouts up by shape; None where
+        none was measured."""
         if key.split()[0] in BY_SHAPE:
-            return 0.0
+            return 0.0, 0.0
         rows = [r for r in self.select if r.key == key]
         if not rows:
             return None
         dim = min((r.head_dim for r in rows), key=lambda d: abs(math.log(d / head_dim)))
         rows = sorted((r for r in rows if r.head_dim == dim), key=lambda r: r.length)
-        return head_dim / dim * self._select_at(rows, length)
-
-    def _select_at(self, rows: list[SelectRow], length: int) -> float:
-        if len(rows) == 1:
-            return rows[0].us * length / rows[0].length
-        after = next((n for n, r in enumerate(rows) if r.length >= length), len(rows) - 1)
-        low, high = rows[max(after - 1, 0)], rows[max(after, 1)]
-        power = math.log(max(high.us, 1e-3) / max(low.us, 1e-3)) / math.log(high.length / low.length)
-        return low.us * (length / low.length) ** power
+        curves = [[(r.length, r.us) for r in rows], [(r.length, r.call_us) for r in rows]]
+        head, call = (head_dim / dim * _power_law(x, length) for x in curves)
+        return head, call
 
     # -- files ------------------------------------------------------------------------------------
 
@@ -194,6 +190,16 @@ class CostTable:
 
 
 _LISTS = ("tiles", "select")
+
+
+def _power_law(points: list[tuple[int, float]], length: int) -> float:
+    """The value at a length, between or beyond (length, value) points, in ascending order."""
+    if len(points) == 1:
+        return points[0][1] * length / points[0][0]
+    after = next((n for n, (x, _) in enumerate(points) if x >= length), len(points) - 1)
+    (x0, low), (x1, high) = points[max(after - 1, 0)], points[max(after, 1)]
+    power = math.log(max(high, 1e-3) / max(low, 1e-3)) / math.log(x1 / x0)
+    return low * (length / x0) ** power
 
 
 def kept_density(scores: Scores, n: int) -> float:

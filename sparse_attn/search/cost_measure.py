@@ -249,25 +249,35 @@ def _select_rows(length: int, dim: int, device: str, rounds: int) -> list[Select
             for c in default_candidates(Shape(length, HEADS, KEY_HEADS, dim, is_causal))
             if c.method not in BY_SHAPE
         }
-        times = select_seconds(kinds, Call(0, q, k, v, is_causal, dim**-0.5, prompt_len=0), rounds)
-        rows += [SelectRow(key, dim, length, _round(1e6 * us)) for key, us in times.items()]
+        times = select_us(kinds, Call(0, q, k, v, is_causal, dim**-0.5, prompt_len=0), rounds)
+        rows += [SelectRow(key, dim, length, *us) for key, us in times.items()]
     return rows
 
 
-def select_seconds(kinds: dict[str, Candidate], call: Call, rounds: int) -> dict[str, float]:
-    """Seconds a query head that each candidate's selection takes on these queries and keys."""
+def select_us(kinds: dict[str, Candidate], call: Call, rounds: int) -> dict[str, tuple[float, float]]:
+    """Microseconds of each candidate's selection on these queries and keys: a query head, and a call.
 
-    def select(c: Candidate) -> Callable[[], object]:
-        context = Context(prompt_len=call.prompt_len)
+    From two calls, with all heads and with those of the first key head.
+    """
+    heads, group = call.q.shape[1], call.q.shape[1] // call.k.shape[1]
+    few = replace(call, q=call.q[:, :group], k=call.k[:, :1])
+
+    def select(c: Candidate, on: Call) -> Callable[[], object]:
+        context = Context(prompt_len=on.prompt_len)
         return lambda: c.info.select(
-            call.q, call.k, c.config, is_causal=call.is_causal, scale=call.scale, context=context
+            on.q, on.k, c.config, is_causal=on.is_causal, scale=on.scale, context=context
         )
 
-    cases = {key: _Case(select(c)) for key, c in kinds.items()}
+    cases = {(key, on is few): _Case(select(c, on)) for key, c in kinds.items() for on in (call, few)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # S2's, of a context that its heads do not cover
         _best(cases, rounds, call.q.device.type)
-    return {key: case.best / call.q.shape[1] for key, case in cases.items()}
+    found = {}
+    for key in kinds:
+        whole, part = 1e6 * cases[key, False].best, 1e6 * cases[key, True].best
+        head = whole / heads if heads == group else max(whole - part, 0.0) / (heads - group)
+        found[key] = _round(head), _round(max(whole - heads * head, 0.0))
+    return found
 
 
 def _round(x: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class Measured:
     Attributes:
         layers: their numbers; heads of a layer lie together, in order.
         heads: query heads of a layer.
-        time: microseconds of one call of a sequence; selection included.
+        time: microseconds of a head for one sequence, its share of the selection included.
+        call_us: float64 [candidates], microseconds of a call beside its heads.
         relative: |out - dense| / |dense|. mse: mean of (out - dense)^2.
         harm: estimated Kullback-Leibler divergence, nats a token; nan where there are no gradients.
         density: share of the visible pairs. recall, recall_worst: of the attention mass.
@@ -37,12 +39,13 @@ class Measured:
     density: np.ndarray
     recall: np.ndarray
     recall_worst: np.ndarray
+    call_us: np.ndarray
 
     @property
     def layer_of(self) -> np.ndarray:
         return np.repeat(np.array(self.layers), self.heads)
 
-    def problem(self, weight: str, call_us: float, paper: bool = False) -> Problem:
+    def problem(self, weight: str) -> Problem:
         """What the solver gets.
 
         Args:
@@ -50,14 +53,14 @@ class Measured:
                 so that the square root of their sum is a root mean square.
         """
         error = self.harm if weight == "divergence" else self.relative**2 / len(self.relative)
-        return Problem(self.time, error, self.layer_of, call_us)
+        return Problem(self.time, error, self.layer_of, self.call_us)
 
 
 def collect(
     measures: dict[int, list[dict[str, Any]]],
     candidates: Sequence[Candidate],
     table: CostTable,
-    select_us: dict[str, float],
+    select_us: dict[str, tuple[float, float]],
     *,
     num_threads: int,
 ) -> Measured:
@@ -65,10 +68,11 @@ def collect(
 
     Args:
         measures: layer -> what `WorkFolder.read_measure` gave for each of its samples.
-        select_us: `select_key` -> microseconds a head, for those that the table lacks.
+        select_us: `select_key` -> microseconds a head and a call, for those that the table lacks.
+        num_threads: that the recipe will run on.
     """
     rows: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-    heads = 0
+    heads, calls = 0, np.zeros(len(candidates))
     for layer in sorted(measures):
         samples = measures[layer]
         first = samples[0]
@@ -76,7 +80,8 @@ def collect(
             total = add_scores([x["scores"][n] for x in samples])
             heads = len(total["error"])
             columns = _columns(total)
-            columns["time"] = _times(total, samples, candidate, table, select_us, num_threads)
+            select, calls[n] = _selection(samples[0], candidate, table, select_us)
+            columns["time"] = (_times(total, samples, table) + select) * table.threads / num_threads
             if not first["has_gradient"]:
                 columns["harm"] = np.full(heads, np.nan)
             for name in _COLUMNS:
@@ -87,7 +92,8 @@ def collect(
         )
         for name, parts in rows.items()
     }  # fmt: skip
-    return Measured(sorted(measures), heads, **arrays)
+    call_us = table.call_us + calls * table.threads / num_threads
+    return Measured(sorted(measures), heads, **arrays, call_us=call_us)
 
 
 _COLUMNS = ("time", "relative", "mse", "harm", "density", "recall", "recall_worst")
@@ -105,23 +111,24 @@ def _columns(total: Scores) -> dict[str, np.ndarray]:
     }
 
 
-def _times(
-    total: Scores,
-    samples: Sequence[dict[str, Any]],
+def _times(total: Scores, samples: Sequence[dict[str, Any]], table: CostTable) -> np.ndarray:
+    """Microseconds of each head for one sample, all its queries, on the table's threads; no selection."""
+    first = samples[0]
+    times = np.array(table.head_us(total, first["head_dim"], first["dtype"]))
+    # Sampled queries stand for all of a sequence's.
+    return times / (first["share"] * len(samples))
+
+
+def _selection(
+    measure: dict[str, Any],
     candidate: Candidate,
     table: CostTable,
-    select_us: dict[str, float],
-    num_threads: int,
-) -> np.ndarray:
-    """Microseconds of each head for one sample, all its queries."""
-    first = samples[0]
-    faster = table.threads / num_threads
-    times = np.array(table.head_us(total, first["head_dim"], first["dtype"])) * faster
+    select_us: dict[str, tuple[float, float]],
+) -> tuple[float, float]:
+    """Microseconds of a selection, a head and a call, on the table's threads."""
     key = select_key(candidate.method, candidate.config)
-    select = table.select_us(key, first["head_dim"], first["length"])
-    select = (select_us.get(key, 0.0) if select is None else select) * faster
-    # Sampled queries stand for all of a sequence's.
-    return times / (first["share"] * len(samples)) + select * first["batch"]
+    found = table.select_us(key, measure["head_dim"], measure["length"]) or select_us.get(key, (0.0, 0.0))
+    return found[0] * measure["batch"], found[1]
 
 
 def plans(
@@ -151,6 +158,17 @@ def plans(
 def _numbers(x: np.ndarray) -> tuple[float, ...]:
     """Six significant digits."""
     return tuple(float(f"{value:.6g}") for value in x)
+
+
+def extra_us(plan: LayerPlan, measured: Measured, choice: np.ndarray, num_kv_heads: int) -> float:
+    """Microseconds of calls beyond one a group: `run_layer` cuts a group whose key heads have
+    unequally many of its query heads."""
+    n = measured.layers.index(plan.layer) * measured.heads
+    extra = 0.0
+    for setting in plan.settings:
+        of_key_head = Counter(h * num_kv_heads // plan.num_heads for h in setting.heads)
+        extra += (len(set(of_key_head.values())) - 1) * measured.call_us[choice[n + setting.heads[0]]]
+    return extra
 
 
 def copies_us(

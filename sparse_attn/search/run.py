@@ -31,11 +31,11 @@ from sparse_attn.recipe import LayerPlan, Recipe, run_layer
 from sparse_attn.search.candidates import Candidate, Shape, default_candidates, distinct
 from sparse_attn.search.capture import query_runs, sdpa
 from sparse_attn.search.cost import CostTable, select_key, shipped_table
-from sparse_attn.search.cost_measure import one_thread, select_seconds
+from sparse_attn.search.cost_measure import one_thread, select_us
 from sparse_attn.search.maps import layer_maps, save_maps
 from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
 from sparse_attn.search.models import Model
-from sparse_attn.search.predict import Measured, collect, copies_us, plans
+from sparse_attn.search.predict import Measured, collect, copies_us, extra_us, plans
 from sparse_attn.search.solve import Problem, greedy_at_error, paper_greedy, solve
 from sparse_attn.search.work import WorkFolder
 
@@ -259,8 +259,7 @@ class Search:
             if self.table.select_us(key, call.q.shape[-1], call.k.shape[2]) is None
         }
         with one_thread(call.q.device.type):
-            times = select_seconds(unknown, call, rounds=3)
-        self.folder.write_select_us({key: float(f"{1e6 * x:.3g}") for key, x in times.items()})
+            self.folder.write_select_us(select_us(unknown, call, rounds=3))
 
     def measured(self) -> Measured:
         """What has been measured so far, as arrays.
@@ -299,15 +298,11 @@ class Search:
             if weight == "divergence" and not has_harm:
                 raise ValueError("search: this model gives no gradients; use a budget of relative_error.")
             choice, trials = self._within(rule, measured, weight, try_recipes)
-        problem = measured.problem(weight, self._call_us())
+        problem = measured.problem(weight)
         whole = len(measured.layers) == self.model.fingerprint.num_layers
         recipe = self._recipe(measured, choice, partial=not whole)
         summary = self._summary(rule, measured, problem, choice, trials)
         return Found(recipe, measured, choice, self.options, summary)
-
-    def _call_us(self) -> float:
-        assert self.table is not None
-        return self.table.call_us
 
     def _recipe(self, measured: Measured, choice: np.ndarray, *, partial: bool) -> Recipe:
         layers = plans(measured, self.options, choice, phase=self.model.phase)
@@ -316,7 +311,7 @@ class Search:
     def _within(
         self, rule: Budget, measured: Measured, weight: str, try_recipes: bool
     ) -> tuple[np.ndarray, list[dict[str, float]]]:
-        problem = measured.problem(weight, self._call_us())
+        problem = measured.problem(weight)
         if rule.perplexity is None:
             budget = rule.divergence if rule.relative_error is None else rule.relative_error**2
             assert budget is not None
@@ -387,15 +382,12 @@ class Search:
         item = 4 if self.folder_dtype() == "float32" else 2
         copies = sum(
             copies_us(
-                p,
-                self.table,
-                num_kv_heads=f.num_kv_heads,
-                length=self.model.length,
-                head_dim=f.head_dim,
+                p, self.table, num_kv_heads=f.num_kv_heads, length=self.model.length, head_dim=f.head_dim,
                 item=item,
             )
+            + extra_us(p, measured, choice, f.num_kv_heads)
             for p in layers
-        )
+        )  # fmt: skip
         spent = problem.error_of(choice)
         summary: dict[str, Any] = {
             "rule": {"name": type(rule).__name__, **asdict(rule)},

@@ -24,18 +24,18 @@ class Problem:
         time: float64 [heads, candidates], microseconds.
         error: float64 [heads, candidates], at least 0; those of a choice are added up.
         layer: int [heads].
-        call_us: microseconds of one more call.
+        call_us: float64 [candidates], microseconds of one more call.
     """
 
     time: np.ndarray
     error: np.ndarray
     layer: np.ndarray
-    call_us: float = 0.0
+    call_us: np.ndarray
 
     def time_of(self, choice: np.ndarray) -> float:
         """Microseconds of a choice, calls included."""
-        calls = len(set(zip(self.layer.tolist(), choice.tolist(), strict=True)))
-        return float(self.time[np.arange(len(choice)), choice].sum() + calls * self.call_us)
+        calls = np.unique(np.stack([self.layer, choice]), axis=1)[1]
+        return float(self.time[np.arange(len(choice)), choice].sum() + self.call_us[calls].sum())
 
     def error_of(self, choice: np.ndarray) -> float:
         return float(self.error[np.arange(len(choice)), choice].sum())
@@ -64,7 +64,7 @@ def solve(problem: Problem, budget: float) -> np.ndarray:
     n, g = len(heads), pairs.shape[1]
     pair_of = pair_of.reshape(-1)
     unit = max(problem.time.max(), 1e-12)
-    cost = np.concatenate([problem.time[heads, candidates], np.full(g, problem.call_us)]) / unit
+    cost = np.concatenate([problem.time[heads, candidates], problem.call_us[pairs[1]]]) / unit
     rows = np.arange(n)
     one_each = csr_array((np.ones(n), (heads, rows)), shape=(problem.time.shape[0], n + g))
     scale = max(budget, 1e-300)
@@ -97,7 +97,7 @@ def _useful(problem: Problem, budget: float) -> np.ndarray:
     """bool [heads, candidates]: false where another candidate is at least as good in both, even if it has
     to open a call of its own; or where the error alone exceeds the budget."""
     time, error = problem.time, problem.error
-    better_time = time[:, :, None] + problem.call_us <= time[:, None, :]  # [heads, by, which]
+    better_time = (time + problem.call_us)[:, :, None] <= time[:, None, :]  # [heads, by, which]
     better_error = error[:, :, None] <= error[:, None, :]
     same = (time[:, :, None] == time[:, None, :]) & (error[:, :, None] == error[:, None, :])
     first = np.arange(time.shape[1])[:, None] < np.arange(time.shape[1])[None]

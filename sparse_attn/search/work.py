@@ -113,11 +113,12 @@ class WorkFolder:
     def map_path(self, layer: int) -> Path:
         return self.path / "maps" / f"layer{layer:02d}.npz"
 
-    def read_select_us(self) -> dict[str, float]:
+    def read_select_us(self) -> dict[str, tuple[float, float]]:
+        """`cost_measure.select_us` of the selections that the cost table lacks."""
         path = self.path / "select_us.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return {k: tuple(x) for k, x in json.loads(path.read_text()).items()} if path.is_file() else {}
 
-    def write_select_us(self, times: dict[str, float]) -> None:
+    def write_select_us(self, times: dict[str, tuple[float, float]]) -> None:
         write_whole(self.path / "select_us.json", (json.dumps(times, indent=1) + "\n").encode())
 
     def write_summary(self, summary: dict[str, Any]) -> None:

@@ -238,7 +238,7 @@ def table(**changes) -> CostTable:
         TileRow("skipped", 64, "float32", 64, 64, 1.0, 3.0),
         TileRow("columns", 64, "float32", 64, 64, 0.5, 9.0),
     )
-    select = (SelectRow("anchor", 64, 1000, 10.0), SelectRow("anchor", 64, 4000, 160.0))
+    select = (SelectRow("anchor", 64, 1000, 10.0, 5.0), SelectRow("anchor", 64, 4000, 160.0, 5.0))
     return replace(CostTable("test", 1, tiles, select, 20.0, 50.0, {}), **changes)
 
 
@@ -250,9 +250,12 @@ def test_tile_times_between_and_beyond_rows():
     assert t.tile_us("blocks", 128, "float32", 32, 64, 1.0) == 6.0  # twice the size, half the queries
     with pytest.raises(ValueError, match="no row for kernel 'blocks' in float16"):
         t.tile_us("blocks", 64, "float16", 64, 64, 1.0)
-    assert t.select_us("anchor", 64, 2000) == pytest.approx(40.0)
-    assert t.select_us("anchor", 128, 2000) == pytest.approx(80.0)
-    assert t.select_us("sparsed", 64, 2000) is None and t.select_us("s2 block_size=64", 64, 2000) == 0.0
+    assert t.select_us("anchor", 64, 2000) == pytest.approx((40.0, 5.0))
+    assert t.select_us("anchor", 128, 2000) == pytest.approx((80.0, 10.0))
+    assert t.select_us("sparsed", 64, 2000) is None and t.select_us("s2 block_size=64", 64, 2000) == (
+        0.0,
+        0.0,
+    )
 
 
 def test_head_times_count_tiles_skips_and_columns():
@@ -290,7 +293,7 @@ def test_the_shipped_table_covers_the_default_candidates():
             for dtype in ("float32", "bfloat16"):
                 assert t.tile_us(kernel, 64, dtype, 64, 64, 0.3) > 0
         known = t.select_us(select_key(c.method, c.config), 64, 4096)
-        assert known is not None and (known > 0) == (c.method == "anchor")
+        assert known is not None and (known[0] > 0) == (c.method == "anchor")
 
 
 # -- choosing -----------------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ def random_problem(seed: int, heads: int = 5, candidates: int = 4, call_us: floa
     time = rng.uniform(0, 5, (heads, candidates))
     error = rng.exponential(size=(heads, candidates)) / (time + 0.1)
     time[:, 0], error[:, 0] = 6.0, 0.0
-    return Problem(time, error, np.arange(heads) // 3, call_us)
+    return Problem(time, error, np.arange(heads) // 3, call_us * np.arange(1, candidates + 1))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -321,10 +324,10 @@ def test_the_solver_shares_calls():
     time = np.array([[9.0, 1.0, 1.1], [9.0, 1.1, 1.0]])
     error = np.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     same_layer, two_layers = np.array([0, 0]), np.array([0, 1])
-    assert len(set(solve(Problem(time, error, same_layer, 1.0), 2.0).tolist())) == 1
-    assert solve(Problem(time, error, two_layers, 1.0), 2.0).tolist() == [1, 2]
+    assert len(set(solve(Problem(time, error, same_layer, np.ones(3)), 2.0).tolist())) == 1
+    assert solve(Problem(time, error, two_layers, np.ones(3)), 2.0).tolist() == [1, 2]
     with pytest.raises(ValueError, match="no choice has an error of at most"):
-        solve(Problem(time, error + 1, two_layers), 0.5)
+        solve(Problem(time, error + 1, two_layers, np.ones(3)), 0.5)
 
 
 def test_the_papers_rule():
