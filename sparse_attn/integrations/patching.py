@@ -265,8 +265,8 @@ def _warn_if_all_dense(settings: list[Setting], asked: list[Setting]) -> None:
 
 NOTES = """\
 prefill: calls with two or more queries, also in chunks over a cache. decode: calls with one query.
-padding: causal layers cut each sequence to its real tokens, so padding changes neither pattern nor result.
-other masks (packed sequences, a 4-D mask, padding without causality): see the column."""
+padding: each sequence is cut to its real tokens, so padding changes neither pattern nor result.
+other masks (packed sequences, a 4-D mask, padding with holes): see the column."""
 
 
 def explain(model: nn.Module) -> str:

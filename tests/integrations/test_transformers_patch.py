@@ -405,13 +405,25 @@ PAGE = (Path(__file__).parents[2] / "docs" / "integrations_transformers.md").rea
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_examples_of_the_page_run(number: int, capsys) -> None:
-    exec(compile(EXAMPLES[number], f"example {number}", "exec"), {"__name__": "page"})
+@pytest.mark.parametrize("number", range(4))
+def test_examples_of_the_page_run(number: int, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(EXAMPLES[number], f"example {number}", "exec"), {"__name__": "page"})
+    finally:
+        sa.register()
     printed = capsys.readouterr().out.splitlines()
     shown = {line.strip() for line in PAGE.splitlines()}
     if number == 0:  # the table on the page is what is printed
         assert len(printed) == 8 and {line.strip() for line in printed[:5]} <= shown
+    elif number == 1:
+        assert printed[0] == "LlamaForCausalLM, patched with the recipe tiny.recipe.json:"
+        assert "heads 0-3, 6: s2" in printed[2] and printed[3].split()[:2] == ["1", "dense"]
+    elif number == 2:
+        assert printed[0].split()[:2] == ["0-1", "anchor"] and printed[1].split()[:2] == [
+            "1",
+            "s2(local_blocks=2)",
+        ]
     else:
         held = [float(line.split()[2]) / float(line.split()[4]) for line in printed[1:]]
         assert held[0] == 1.0 and max(held[1:]) < 0.5
