@@ -206,6 +206,8 @@ def is_patched(model: nn.Module) -> bool:
 def explain(model: nn.Module) -> str:
     """What each self-attention layer does, and why, as a table; layers that do the same share a line."""
     name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        _family(model)  # a pipeline: says what to ask instead
     if not is_patched(model):
         return f"{name} is not patched: every layer runs its stock processor."
     found = _patch_of(model, "explain")
@@ -270,8 +272,12 @@ def step_callback(*models: nn.Module) -> Callable[..., dict[str, Any]]:
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         for model in models:
             state = _patch_of(model, "step_callback").state
-            total = state.num_steps if state.num_steps is not None else pipe.num_timesteps
-            state.set_step((step + 1) % total)
+            if state.num_steps not in (None, pipe.num_timesteps):
+                raise ValueError(
+                    f"step_callback: the pipeline runs {pipe.num_timesteps} steps, but the model was patched "
+                    f"for num_steps={state.num_steps}; patch it for as many."
+                )
+            state.set_step((step + 1) % pipe.num_timesteps)
         return tensors
 
     return callback

@@ -178,12 +178,13 @@ class SparseAttnImpl(TritonAttentionImpl):
         self.supports_quant_query_input = False
         self.not_covered = self._why_not_covered()
         self.rules: dict[str, Rule | None] | None = None
-        self.layer = 0
+        self.layer, self.num_layers = 0, None
         self.heads = Heads(self.num_heads, self.num_kv_heads, self.num_heads, self.num_kv_heads)
         config = get_current_vllm_config_or_none()
         if config is not None and config.model_config is not None:
             model, size = config.model_config, config.parallel_config.tensor_parallel_size
-            settings().check_model(model.hf_config, model.get_total_num_hidden_layers())
+            self.num_layers = model.get_total_num_hidden_layers()
+            settings().check_model(model.hf_config, self.num_layers)
             total_kv = model.get_total_num_kv_heads()
             rank = get_tensor_model_parallel_rank() if model_parallel_is_initialized() else 0
             self.heads = replace(
@@ -217,6 +218,8 @@ class SparseAttnImpl(TritonAttentionImpl):
         """The layer's rules by kind of segment, from its name, such as "model.layers.3.self_attn.attn"."""
         if self.rules is None:
             self.layer = extract_layer_index(name)
+            if self.num_layers is not None and self.layer >= self.num_layers:
+                self.not_covered = self.not_covered or "a number beyond the model's layers (a draft head)"
             self.rules = {"prefill": None, "decode": None, "dense": None}
             if not self.not_covered:
                 self.rules["prefill"] = settings().rule_for(self.layer)

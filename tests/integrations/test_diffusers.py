@@ -254,6 +254,10 @@ def test_pipeline_with_a_callback_and_guidance():
         assert_near(run(callback_on_step_end=callback), dense)
     assert seen == expected * 2
     video.unpatch(model)
+    video.patch(model, watch, num_steps=6)
+    with pytest.raises(ValueError, match=r"pipeline runs 4 steps, but the model was patched for num_steps=6"):
+        run(callback_on_step_end=video.step_callback(model))
+    video.unpatch(model)
     with sa.patched(model, "sparsed", num_steps=4, skip_ratio=0.25, select_ratio=0.4, block_size=8):
         sparse = run()
     assert (sparse - dense).abs().max() > 1e-4

@@ -103,8 +103,9 @@ def test_a_pipeline_is_refused_with_the_remedy():
     pipe = diffusers.CogVideoXPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=MODELS["cogvideox"]()
     )
-    with pytest.raises(ValueError, match=r"CogVideoXPipeline; patch its pipe\.transformer instead"):
-        sa.patch(pipe, "blasst", threshold=0.1)
+    for refused in (lambda: sa.patch(pipe, "blasst", threshold=0.1), lambda: sa.explain(pipe)):
+        with pytest.raises(ValueError, match=r"CogVideoXPipeline; patch its pipe\.transformer instead"):
+            refused()
 
 
 def pickled(model):

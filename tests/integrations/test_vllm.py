@@ -280,6 +280,13 @@ def test_the_profiling_run_gives_zeros(use):
     assert impl.forward(layer, out, out, out, torch.empty(0), None, out).eq(0).all()
 
 
+def test_draft_heads_are_left_to_vllm(use):
+    """Speculative decoding numbers them on from the model's layers."""
+    _, ((impl, layer), _) = use({"method": "s2"})
+    layer.layer_name = "model.layers.2.self_attn.attn"
+    assert impl.rules_of(layer.layer_name)["prefill"] is None and "draft head" in impl.not_covered
+
+
 @pytest.mark.parametrize(
     ("option", "why"),
     [({"sliding_window": 64}, "a sliding window"), ({"logits_soft_cap": 9.0}, "a soft cap"),
