@@ -11,9 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
-from vllm_batches import H, HKV, D, PAGE, SCALE, MIXED, PREFILLS, Batch, assert_near, vllm, vllm_config  # isort: skip
+# isort: off
+# First: it imports vLLM in a way that keeps its kernels, or skips.
+from vllm_batches import D, H, HKV, MIXED, PAGE, PREFILLS, SCALE
+from vllm_batches import Batch, assert_near, transformers, vllm, vllm_config
+# isort: on
+
 from vllm.config import AttentionConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry

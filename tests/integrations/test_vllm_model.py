@@ -10,9 +10,12 @@ import json
 
 import pytest
 import torch
-import transformers
 
-from vllm_batches import D, HKV, LLAMA, PAGE, CommonAttentionMetadata, vllm_config  # isort: skip
+# isort: off
+# First: it imports vLLM in a way that keeps its kernels, or skips.
+from vllm_batches import D, HKV, LLAMA, PAGE, CommonAttentionMetadata, transformers, vllm_config
+# isort: on
+
 from vllm.config import set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.forward_context import set_forward_context
