@@ -137,7 +137,8 @@ class SparseAttnMetadataBuilder(TritonAttentionMetadataBuilder):
         decoding; where sequences that decode are run here, it must be exact, which waits for the GPU."""
         bound = common.seq_lens_cpu_upper_bound
         decodes = any(0 < n <= self.most_decode_tokens for n in lengths)
-        if bound is None or (decodes and settings().decodes_sparse):
+        here = settings().decodes_sparse or not runs_vllm_kernels(common.seq_lens)
+        if bound is None or (decodes and here):
             return common.seq_lens.tolist()
         return bound.tolist()
 

@@ -201,6 +201,16 @@ def test_a_tensor_parallel_rank_follows_the_numbers_of_all_heads(use, recipe, wh
         assert_near(out, whole[segment.first :, 2 * rank : 2 * rank + 2])
 
 
+def test_ranks_that_share_key_heads(use, config, monkeypatch):
+    """Four ranks for two key heads: nothing that differs by head, the rest as ever."""
+    monkeypatch.setattr(config.parallel_config, "tensor_parallel_size", 4)
+    with pytest.raises(ValueError, match=r"4 tensor-parallel ranks share the model's 2 key heads"):
+        use({"method": "s2"})
+    builder, layers = use({"method": "blasst", "options": {"threshold": 0.0}})
+    batch = Batch(MIXED)
+    batch.check(batch.run(builder, *layers[0]))
+
+
 def test_a_recipe_of_another_model_is_refused(use, tmp_path, config):
     other = transformers.LlamaConfig(
         num_hidden_layers=3, num_attention_heads=H, num_key_value_heads=HKV, head_dim=D,
@@ -344,6 +354,29 @@ def test_dense_sequences_run_vllms_kernels_beside_sparse_ones(use, kernels, monk
     decode = Batch([(1, 20), (1, 33)], layout)
     assert decode.metadata(builder).segments is None
     decode.check(decode.run(builder, *layers[1]))
+
+
+@pytest.mark.parametrize("decode", ["dense", "sparse"])
+def test_lengths_come_from_the_host_where_they_are_exact(use, kernels, decode):
+    """vLLM's bound is exact for prompts, and may be too high for sequences that decode: their own tensor
+    has the truth."""
+    builder, _ = use({"method": "blasst", "options": {"threshold": 0.0}, "decode": decode})
+    batch = Batch(FEW)
+    common = batch.common()
+    common.seq_lens_cpu_upper_bound = torch.tensor(batch.keys) + torch.tensor([3, 3, 0, 0])
+    segments = builder.build(0, common).segments
+    assert [x.kind for x in segments] == [decode.replace("sparse", "decode"), "prefill"]
+    assert segments[0].seqused_k == (None if decode == "dense" else [20, 33])
+    assert segments[1].seqused_k == [70, 20]
+    assert segments[0].metadata.seq_lens.tolist() == [20, 33]
+
+
+def test_lengths_are_exact_where_everything_runs_here(use):
+    builder, _ = use({"method": "s2"})
+    batch = Batch(FEW)
+    common = batch.common()
+    common.seq_lens_cpu_upper_bound = torch.tensor(batch.keys) + torch.tensor([3, 3, 0, 0])
+    assert [x.seqused_k for x in builder.build(0, common).segments] == [[20, 33], [70, 20]]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

@@ -171,6 +171,13 @@ def test_s2_equals_transformers_patched_alike(run_with, stock, prompts):
             check(runner, prompts, stock)
 
 
+def test_decoding_may_follow_s2_too(run_with, stock, prompts):
+    """As a model that was trained with it needs."""
+    runner = run_with({"method": "s2", "options": S2, "decode": "sparse"})
+    with sa.patched(stock, "s2", **S2, decode="sparse"):
+        check(runner, prompts, stock)
+
+
 def test_a_recipe_serves_transformers_and_vllm(run_with, stock, prompts, tmp_path):
     """One file, made for the transformers model, gives the same in both."""
     groups = (
