@@ -83,7 +83,7 @@ def schedule_of(call: AttendCall) -> Schedule:
     merged = t_order = t_merged = None
     merge = merge_factor(layout.block_m) if merges else 1
     if merge > 1:
-        merged = layout._cached(("merged", causal), lambda: _merge_queries(layout, causal, order, merge))
+        merged = merged_queries(layout, causal, order, merge)
     if call.needs_grad:
         heads, group = t_order_heads(layout.heads, call.k.shape[1]), 1
         group = layout.heads // heads
@@ -128,8 +128,20 @@ def _transposed_order(layout: SparseLayout, causal: bool, group: int) -> Tensor:
     return _longest_first(lengths.view(-1, group, layout.num_key_blocks).sum(1))
 
 
+def merged_queries(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> MergedRows:
+    """The layout's rows, `merge` consecutive ones of `order` as one. Cached."""
+    return layout._cached(("merged", causal, merge), lambda: _merge_queries(layout, causal, order, merge))
+
+
 def _merge_queries(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> MergedRows:
     offsets, indices = merge_rows(layout.blocks, order, layout.num_key_blocks, merge)
+    limits = _limits(layout, causal, order, merge)
+    return MergedRows(offsets, indices, _bounds(offsets, indices, limits, layout.num_key_blocks, merge))
+
+
+def _limits(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+    """int64 [groups, tiles] twice: key blocks below the first are seen whole by all queries of a tile, from
+    the second on by none."""
     members = _members(order, merge)  # [groups, tiles, merge]
     whole = torch.full_like(members, layout.S // layout.block_n)
     some = torch.full_like(members, layout.num_key_blocks)
@@ -138,8 +150,41 @@ def _merge_queries(layout: SparseLayout, causal: bool, order: Tensor, merge: int
         first, last = first[members], last[members]
         whole = whole.minimum(torch.div(first + 1, layout.block_n, rounding_mode="floor"))
         some = some.minimum(torch.div(last, layout.block_n, rounding_mode="floor") + 1)
-    limits = (whole.amin(-1), some.amax(-1))
-    return MergedRows(offsets, indices, _bounds(offsets, indices, limits, layout.num_key_blocks, merge))
+    return whole.amin(-1), some.amax(-1)
+
+
+def merged_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRows:
+    """Pairs of query blocks as one row each, for an engine whose unmasked entries are read by both. Cached.
+
+    `bounds[:, 0]` counts leading entries that both rows list and see whole. Where key blocks are packed (64
+    keys) such entries come first, so that a row has one run of them; else the order stays ascending, which a
+    skip rule needs.
+    """
+    return layout._cached(("pairs", causal), lambda: _merge_pairs(layout, causal, order))
+
+
+def _merge_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRows:
+    rows = merged_queries(layout, causal, order, 2)
+    whole, _ = _limits(layout, causal, order, 2)
+    lists = IndexList(rows.offsets, rows.indices)
+    row = lists.row_of_entry()  # lists.rows where an entry is unused
+    number, is_used = rows.indices.long() >> 2, row < lists.rows
+    whole = torch.cat([whole.flatten(), whole.new_zeros(1)])
+    is_masked = (rows.indices & 3 != 3) | (number >= whole[row]) | ~is_used
+    indices = rows.indices
+    if layout.block_n < 128:
+        key = (row * 2 + is_masked) * layout.num_key_blocks + number
+        indices = indices[torch.sort(key).indices]
+        counted = ~is_masked
+    else:
+        place = torch.arange(lists.capacity, device=row.device)
+        first = torch.full((lists.rows + 1,), lists.capacity, device=row.device)
+        first.scatter_reduce_(0, row, torch.where(is_masked, place, lists.capacity), "amin")
+        counted = is_used & (place < first[row])
+    unmasked = torch.zeros(lists.rows + 1, dtype=torch.int64, device=row.device)
+    unmasked.scatter_add_(0, row, counted.long())
+    visible = rows.bounds[:, 1]
+    return MergedRows(rows.offsets, indices, torch.stack([unmasked[:-1].int().minimum(visible), visible], -1))
 
 
 def _merge_keys(layout: SparseLayout, causal: bool, order: Tensor, group: int, merge: int) -> MergedRows:

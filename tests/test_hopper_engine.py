@@ -19,6 +19,11 @@ F16, BF16 = torch.float16, torch.bfloat16
 
 # kind, L, S, query heads, key heads, D, key block, dtype, causal, layout heads, strides
 CASES = {
+    "columns": ("columns", 1000, 1000, 4, 2, 128, 128, BF16, True, 4, "contiguous"),
+    "columns-shared": ("columns", 700, 1300, 8, 2, 64, 64, F16, True, 2, "blhd"),
+    "columns-full": ("columns", 900, 1000, 2, 2, 128, 64, F16, False, 1, "contiguous"),
+    "only-columns": ("only_columns", 640, 2000, 2, 2, 64, 128, BF16, True, 2, "contiguous"),
+    "one-column": ("one_column", 300, 300, 2, 1, 128, 128, BF16, False, 1, "contiguous"),
     "full": ("full", 128, 128, 1, 1, 128, 128, BF16, False, 1, "contiguous"),
     "full-causal-ragged": ("full", 300, 300, 2, 2, 128, 128, F16, True, 1, "contiguous"),
     "one-query": ("full", 1, 257, 4, 1, 128, 128, BF16, True, 1, "contiguous"),
@@ -48,6 +53,58 @@ def test_against_masked_attention(name, batch):
     )  # fmt: skip
     layout = random_layout(kind, L, S, block_m=128, block_n=block_n, heads=layout_heads, device="cuda")
     check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
+
+
+# kind, L, S, query heads, key heads, D, key block, dtype, causal, layout heads
+HALF_CASES = {
+    "full": ("full", 512, 512, 2, 1, 128, 128, BF16, True, 1),
+    "ragged": ("full", 333, 333, 2, 2, 64, 64, F16, True, 1),
+    "one-query": ("full", 1, 257, 4, 1, 128, 128, BF16, True, 1),
+    "blind-rows": ("full", 300, 130, 2, 2, 64, 64, BF16, True, 1),
+    "strided": ("strided", 1500, 1500, 4, 4, 128, 64, BF16, True, 4),
+    "random": ("random", 1000, 1000, 8, 2, 128, 64, BF16, False, 8),
+    "random-causal": ("random", 1000, 1200, 8, 2, 64, 64, F16, True, 2),
+    "random-128": ("random", 700, 1000, 4, 4, 128, 128, F16, True, 4),
+    "empty-rows": ("empty_rows", 640, 640, 4, 4, 128, 64, BF16, False, 4),
+    "many-items": ("strided", 4096, 4096, 16, 16, 128, 64, BF16, True, 16),
+}
+
+
+@needs_hopper
+@pytest.mark.parametrize("name", HALF_CASES)
+def test_blocks_of_64_queries(name):
+    kind, L, S, heads, kv_heads, D, block_n, dtype, causal, layout_heads = HALF_CASES[name]
+    q, k, v = make_inputs(heads=heads, kv_heads=kv_heads, L=L, S=S, head_dim=D, dtype=dtype, device="cuda")
+    layout = random_layout(kind, L, S, block_m=64, block_n=block_n, heads=layout_heads, device="cuda")
+    check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
+
+
+@needs_hopper
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["full", "few-queries", "blind-rows", "random-128", "long"])
+def test_skips_tile_for_tile(name, threshold):
+    """The votes are replayed in float64: every tile that was skipped, and no other."""
+    more = {
+        "long": ("full", 2100, 2100, 4, 2, 128, 128, BF16, True, 1),
+        "few-queries": ("full", 40, 257, 4, 1, 128, 128, BF16, True, 1),
+    }
+    kind, L, S, heads, kv_heads, D, _, dtype, causal, layout_heads = {**HALF_CASES, **more}[name]
+    q, k, v = make_inputs(heads=heads, kv_heads=kv_heads, L=L, S=S, head_dim=D, dtype=dtype, device="cuda")
+    q = q * 3  # peaked, so that there is something to skip
+    layout = random_layout(kind, L, S, block_m=64, block_n=128, heads=layout_heads, device="cuda")
+    limit = torch.full((1, heads), threshold, device="cuda").log()
+    limit[:, ::2] -= 1.0  # heads differ
+    check_engine(q, k, v, Plan(layout, limit), engine="hopper", is_causal=causal)
+
+
+@needs_hopper
+def test_lambda_zero_is_dense_bit_for_bit():
+    q, k, v = make_inputs(heads=4, kv_heads=2, L=1111, S=1111, head_dim=128, dtype=BF16, device="cuda")
+    layout = SparseLayout.full(1111, 1111, block_m=64, device="cuda")
+    options = {"is_causal": True, "enable_gqa": True, "engine": "hopper"}
+    dense = sa.attend(q, k, v, Plan(layout), **options)
+    never = sa.attend(q, k, v, Plan(layout, torch.full((1, 4), -torch.inf, device="cuda")), **options)
+    assert torch.equal(dense.out, never.out) and torch.equal(dense.lse, never.lse)
 
 
 @needs_hopper

@@ -4,13 +4,25 @@
 namespace sparse_attn::hopper {
 
 constexpr int BLOCK_M = 128;   // queries of a tile: two warpgroups of 64, the rows of one matrix instruction
-constexpr int BLOCK_N = 128;   // keys of a stage: a layout block, or several small ones packed
-constexpr int kStages = 2;     // K and V tiles in flight, each: 160 KB with Q at head size 128
+constexpr int BLOCK_N = 128;   // keys of a stage: a layout block, several small ones packed, or gathered columns
 constexpr int kThreads = 384;  // one producer and two consumer warpgroups
 constexpr int kConsumers = 256;
 constexpr int kChunk = 64;     // 16-bit elements of a 128-byte swizzled row
+constexpr int kTiles = 2;      // Q tiles in flight: the next item's first product starts before this one's last
 
-// 40 for the producer: with 24 it spilled 12 to 20 bytes of its index window.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// K and V tiles in flight, each. At head size 128 two fill what Q and O leave of shared memory.
+constexpr int stages_of(int head_dim) { return head_dim <= 64 ? 4 : 2; }
+
+// Registers of a producer's thread; the consumers get the rest. The least without spills: two query blocks of an item
+// take a few more, and the addresses of gathered keys many. At most 168 x 384 in all.
+constexpr int producer_registers(bool halves, bool gathers) { return gathers ? 72 : halves ? 56 : 40; }
+constexpr int consumer_registers(bool halves, bool gathers) { return 252 - producer_registers(halves, gathers) / 2; }
+
+// Of the 16 pairs of a row, after how many exponentials P V of the stage before is waited for, so that the rest hides
+// the packing and the rescaling. TFLOPS at 4, 8, 12, 16: 738, 739, 727, 712 (full H24 S32768 D128).
+constexpr int kFinishAt = 8;
+
+// Numbers of the named barriers: 1 + g is warpgroup g's turn to issue products, the others its own.
+constexpr int kTurnBarrier = 1, kStoreBarrier = 3, kVoteBarrier = 5, kProducerBarrier = 7;
 
 }  // namespace sparse_attn::hopper

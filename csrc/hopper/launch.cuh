@@ -5,14 +5,20 @@
 
 namespace sparse_attn::hopper {
 
-template <typename Element, int HEAD_DIM, int KEY_BLOCK>
-void launch(const AttendFwdParams& p, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v, int blocks,
-            cudaStream_t stream) {
-  auto* kernel = attend_fwd_kernel<Element, HEAD_DIM, KEY_BLOCK>;
-  constexpr int bytes = sizeof(SharedStorage<Element, HEAD_DIM>) + 1024;  // to align it
+template <typename Element, int HEAD_DIM, int KEY_BLOCK, Variant VARIANT>
+void launch(const AttendFwdParams& p, const TensorMaps& maps, int blocks, cudaStream_t stream) {
+  using K = Kernel<Element, HEAD_DIM, KEY_BLOCK, VARIANT == Variant::kHalves || VARIANT == Variant::kSkip,
+                   VARIANT == Variant::kSkip, VARIANT == Variant::kColumns>;
+  auto* kernel = attend_fwd_kernel<K>;
+  constexpr int bytes = sizeof(SharedStorage<K>) + 1024;  // to align it
   // A failure here shows as the launch error that the caller checks.
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<blocks, kThreads, bytes, stream>>>(p, q, k, v);
+  kernel<<<blocks, kThreads, bytes, stream>>>(p, maps.q, maps.k, maps.v, maps.o);
 }
 
 }  // namespace sparse_attn::hopper
+
+#define SPARSE_ATTN_INSTANCE(ELEMENT, HEAD_DIM, KEY_BLOCK, VARIANT)                        \
+  template void sparse_attn::hopper::launch<ELEMENT, HEAD_DIM, KEY_BLOCK,                  \
+                                            sparse_attn::hopper::Variant::VARIANT>(        \
+      const sparse_attn::hopper::AttendFwdParams&, const sparse_attn::hopper::TensorMaps&, int, cudaStream_t)

@@ -1,4 +1,4 @@
-// The launcher of one kernel instance; each is compiled in its own file of instances/.
+// The launcher of one kernel instance; each head size and dtype is compiled in its own file of instances/.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -10,8 +10,13 @@
 
 namespace sparse_attn::hopper {
 
-template <typename Element, int HEAD_DIM, int KEY_BLOCK>
-void launch(const AttendFwdParams& p, const CUtensorMap& q, const CUtensorMap& k, const CUtensorMap& v, int blocks,
-            cudaStream_t stream);
+struct TensorMaps {
+  CUtensorMap q, k, v, o;
+};
+
+enum class Variant { kBlocks, kHalves, kSkip, kColumns };
+
+template <typename Element, int HEAD_DIM, int KEY_BLOCK, Variant VARIANT>
+void launch(const AttendFwdParams& p, const TensorMaps& maps, int blocks, cudaStream_t stream);
 
 }  // namespace sparse_attn::hopper

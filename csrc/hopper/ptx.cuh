@@ -45,6 +45,21 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int phase) {
       : "memory");
 }
 
+// Whether the phase is over already.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, int phase) {  // the same for a whole warp
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.s32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(phase)
+      : "memory");
+  return __all_sync(0xffffffff, done);
+}
+
 // -- named barriers ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ void named_sync(int id, int threads) {
@@ -66,8 +81,43 @@ __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* m
       : "memory");
 }
 
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, int d, int row, int head,
+                                          int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(smem_address(source)), "r"(d), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the engine has read the shared memory of all stores committed by this thread.
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Orders what was written with ordinary stores and cp.async before what the copy engine and wgmma read.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// -- 16-byte copies, for gathered keys --------------------------------------------------------------
+
+__device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
+}
+__device__ __forceinline__ void copy_16_bytes_or_zeros(uint32_t destination, const void* source, bool is_used) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(is_used ? 16 : 0)
+               : "memory");
+}
+
+// Arrives when all earlier copies of this thread have landed.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
 }
 
 // -- warpgroup matrix multiply ----------------------------------------------------------------------
@@ -97,6 +147,12 @@ template <int N>
 __device__ __forceinline__ void pin(float (&registers)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// What follows does not start before x >= 0 is known; the store never happens. ptxas moves waits up past arithmetic,
+// but not past this.
+__device__ __forceinline__ void hold_until(float x, void* somewhere) {
+  asm volatile("{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never st.volatile.shared.f32 [%1], %0;\n}\n" ::"f"(x), "r"(smem_address(somewhere)) : "memory");
 }
 
 // Shared-memory matrix descriptor, 128-byte swizzle. Offsets in bytes.

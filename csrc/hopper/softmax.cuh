@@ -25,10 +25,12 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return packed;
 }
 
+// Columns [16 first, 16 last) of the tile as the left operand of P V.
 template <typename Element>
-__device__ __forceinline__ void pack_tile(uint32_t (&p)[BLOCK_N / 16][4], const float (&s)[BLOCK_N / 2]) {
+__device__ __forceinline__ void pack_steps(uint32_t (&p)[BLOCK_N / 16][4], const float (&s)[BLOCK_N / 2], int first,
+                                           int last) {
 #pragma unroll
-  for (int i = 0; i < BLOCK_N / 16; ++i)
+  for (int i = first; i < last; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j) p[i][j] = pack(s[8 * i + 2 * j], s[8 * i + 2 * j + 1], Element());
 }
@@ -39,24 +41,41 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no listed block.
-template <int KEY_BLOCK>
-__device__ __forceinline__ void mask_tile(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
-                                          const Work& work, int stage, int query, int lane) {
-  const int32_t* list = p.indices + work.list;
-  const int first = work.first_entry<KEY_BLOCK>(stage);
-  int end[2];  // of the keys that this thread's two queries may see
+// Where the keys end that this thread's two queries may see.
+__device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p, int query) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) end[r] = p.is_causal ? min(p.S, query + 8 * r + p.S - p.L + 1) : p.S;
+}
+
+// Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no block of this warpgroup's list.
+template <typename K>
+__device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
+                                            const int (&words)[K::kEntries], int query, int group, int lane) {
+  int end[2];
+  key_ends(end, p, query);
 #pragma unroll
-  for (int slot = 0; slot < BLOCK_N / KEY_BLOCK; ++slot) {
-    const int block = first + slot < work.visible ? list[first + slot] : p.num_key_blocks;
-    const int key = block * KEY_BLOCK + (lane % 4) * 2;
+  for (int e = 0; e < K::kEntries; ++e) {
+    const bool is_listed = !K::HALVES || (words[e] >> group & 1);
+    const int key = is_listed ? (K::HALVES ? words[e] >> 2 : words[e]) * K::KEY_BLOCK + lane % 4 * 2 : kNoKey - BLOCK_N;
 #pragma unroll
-    for (int j = 0; j < KEY_BLOCK / 8; ++j)
+    for (int j = 0; j < K::KEY_BLOCK / 8; ++j)
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (key + j * 8 + (e & 1) >= end[e >> 1]) s[4 * (slot * KEY_BLOCK / 8 + j) + e] = -INFINITY;
+      for (int c = 0; c < 4; ++c)
+        if (key + j * 8 + (c & 1) >= end[c >> 1]) s[4 * (e * K::KEY_BLOCK / 8 + j) + c] = -INFINITY;
+  }
+}
+
+// The same for single keys.
+__device__ __forceinline__ void mask_columns(float (&s)[BLOCK_N / 2], const AttendFwdParams& p, const int* keys,
+                                             int query, int lane) {
+  int end[2];
+  key_ends(end, p, query);
+#pragma unroll
+  for (int j = 0; j < BLOCK_N / 8; ++j) {
+    const int2 pair = *reinterpret_cast<const int2*>(keys + j * 8 + lane % 4 * 2);
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      if ((c & 1 ? pair.y : pair.x) >= end[c >> 1]) s[4 * j + c] = -INFINITY;
   }
 }
 
@@ -64,35 +83,80 @@ struct True { static constexpr bool value = true; };
 struct False { static constexpr bool value = false; };
 
 struct SoftmaxState {
-  float maximum[2], sum[2];  // of this thread's two rows; the sum covers this thread's columns only
+  float maximum[2];  // that the exponentials of this thread's two rows are relative to; -inf: none yet
+  float sum[2];      // of this thread's columns only
+  float seen[2];     // largest score so far of the whole row; with SKIP only
 };
 
-// s becomes exp(s - max); returns in `rescale` what the accumulators must be multiplied by.
-template <bool kFirst, bool kMasked>
-__device__ __forceinline__ void softmax_tile(float (&s)[BLOCK_N / 2], SoftmaxState& state, float (&rescale)[2],
-                                             float scale_log2) {
+// The largest of this thread's scores in its two rows: in four chains a row, since each step takes the time of several.
+__device__ __forceinline__ void thread_maxima(float (&maximum)[2], const float (&s)[BLOCK_N / 2]) {
+  constexpr int kChains = 4;
+  float x[2][kChains];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float tile_max = fmaxf(s[2 * r], s[2 * r + 1]);
+  for (int i = 0; i < BLOCK_N / 8; ++i)
 #pragma unroll
-    for (int j = 1; j < BLOCK_N / 8; ++j) tile_max = fmaxf(tile_max, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-    tile_max = quad_max(tile_max);
-    const float before = state.maximum[r];
-    const float now = kFirst ? tile_max : fmaxf(before, tile_max);
-    const float used = kMasked && now == -INFINITY ? 0.f : now;
-    rescale[r] = kFirst ? 0.f : exp2_fast((before - used) * scale_log2);
-    const float shift = used * scale_log2;
-    float sum = 0.f;
+    for (int r = 0; r < 2; ++r) {
+      const float pair = fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]);
+      x[r][i % kChains] = i < kChains ? pair : fmaxf(x[r][i % kChains], pair);
+    }
 #pragma unroll
-    for (int j = 0; j < BLOCK_N / 8; ++j)
+  for (int r = 0; r < 2; ++r) maximum[r] = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
+}
+
+// The maxima move only when a score passes them by `headroom` (a factor of 2^8): sums and products stay far from
+// overflow, and what a row gained since is divided out at the end. Returns, for the whole warp, whether they moved,
+// and then in `rescale` what the accumulators must be multiplied by.
+template <bool kFirst, bool kMaybeNone>
+__device__ __forceinline__ bool move_maxima(const float (&largest)[2], SoftmaxState& state, float (&rescale)[2],
+                                            const AttendFwdParams& p) {
+  const bool moves = kFirst || __any_sync(0xffffffff, largest[0] > state.maximum[0] + p.headroom ||
+                                                          largest[1] > state.maximum[1] + p.headroom);
+  if (moves) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = s[4 * j + 2 * r + e];
-        x = exp2_fast(fmaf(x, scale_log2, -shift));
-        sum += x;
-      }
-    state.sum[r] = kFirst ? sum : state.sum[r] * rescale[r] + sum;
-    state.maximum[r] = now;
+    for (int r = 0; r < 2; ++r) {
+      const float before = state.maximum[r], row = quad_max(largest[r]);
+      const float now = kFirst ? row : fmaxf(before, row);
+      const float used = kMaybeNone && now == -INFINITY ? 0.f : now;
+      rescale[r] = kFirst ? 0.f : exp2_fast((before - used) * p.scale_log2);
+      state.sum[r] = kFirst ? 0.f : state.sum[r] * rescale[r];
+      state.maximum[r] = now;
+    }
+  }
+  return moves;
+}
+
+// s becomes exp(s - maximum), is added to the sums, and goes to `probabilities`, whose registers the product in
+// flight still reads: halfway, `finish_product` waits for its end.
+//   kMaybeNone  a row may have seen no key at all.
+template <typename Element, bool kMaybeNone, typename F>
+__device__ __forceinline__ void exponentials(float (&s)[BLOCK_N / 2], uint32_t (&probabilities)[BLOCK_N / 16][4],
+                                             SoftmaxState& state, float scale_log2, F finish_product) {
+  constexpr int kGroup = 4;  // pairs of a row
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    shift[r] = (kMaybeNone && state.maximum[r] == -INFINITY ? 0.f : state.maximum[r]) * scale_log2;
+#pragma unroll
+  for (int group = 0; group < BLOCK_N / 8; group += kGroup) {
+    if (group == kFinishAt) {
+      finish_product();
+      pack_steps<Element>(probabilities, s, 0, group / 2);
+    }
+#pragma unroll
+    for (int i = group; i < group + kGroup; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * i + 2 * r + e];
+          x = exp2_fast(fmaf(x, scale_log2, -shift[r]));
+          state.sum[r] += x;
+        }
+    if (group >= kFinishAt) pack_steps<Element>(probabilities, s, group / 2, (group + kGroup) / 2);
+    // Plus zero, to no other end than that the next group follows this one: left alone, ptxas lets the special
+    // function unit wait for all products.
+#pragma unroll
+    for (int r = 0; r < 2; ++r) shift[r] = fmaf(s[4 * group + 2 * r], 0.f, shift[r]);
   }
 }
 

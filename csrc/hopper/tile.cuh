@@ -6,68 +6,113 @@
 
 namespace sparse_attn::hopper {
 
-// One work item: 128 queries of one head, and the list that they read. Its stages run from the last entries
-// to the first, so that those which need a mask come at the head of the loop.
-struct Work {
-  int batch, head, query_block;
-  int visible, count, masked;  // entries read; stages; leading stages that need a mask
-  int64_t list;                // of its first entry in p.indices
-  bool is_last;                // nothing to do: there are no more
+// A kernel of the family.
+//   HALVES   each warpgroup has a query block of 64 with a list of its own; the two lists are walked as one, whose
+//            entries say in two bits who reads them. Otherwise a block is the whole tile of 128 queries.
+//   SKIP     BLASST: a warpgroup leaves out a tile whose scores all lie far below its running maxima.
+//   COLUMNS  single keys beside the blocks, gathered.
+template <typename Element_, int HEAD_DIM_, int KEY_BLOCK_, bool HALVES_, bool SKIP_, bool COLUMNS_>
+struct Kernel {
+  using Element = Element_;
+  static constexpr int HEAD_DIM = HEAD_DIM_, KEY_BLOCK = KEY_BLOCK_;
+  static constexpr bool HALVES = HALVES_, SKIP = SKIP_, COLUMNS = COLUMNS_;
+  static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
+  static constexpr int kStages = stages_of(HEAD_DIM);
+  static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
+  static constexpr int kArrivals = COLUMNS ? 128 : 1;    // that fill a stage
+};
 
-  template <int KEY_BLOCK>
-  __device__ int first_entry(int stage) const {
-    return (count - 1 - stage) * (BLOCK_N / KEY_BLOCK);
-  }
+constexpr int kNoKey = 0x7fffffff;  // in a slot of a stage that holds no column
+
+// One work item: 128 queries of one head, and the lists that they read. Stages run: columns, blocks, columns
+// that need a mask, blocks that need a mask.
+struct Work {
+  int batch, head;
+  int first_query[2];  // of each warpgroup
+  int count;           // stages
+  int unmasked;        // leading stages that need no mask
+  int masked_columns;  // stages after those that hold columns
+  int columns;         // leading stages that hold columns
+  int visible, visible_columns;  // entries read
+  int is_last;         // nothing to do: there are no more
+  int64_t list, column_list;  // of the first entry in p.indices and p.column_indices
 };
 
 // Heads go in sections whose keys and values fit the L2 cache together; inside a section the longest rows
 // come first.
-template <int KEY_BLOCK>
+template <typename K>
 __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
-  constexpr int kEntries = BLOCK_N / KEY_BLOCK;
-  Work work;
+  Work work = {};
   work.is_last = item >= p.num_items;
   if (work.is_last) return work;
-  const int per_section = p.heads_per_section * p.num_query_blocks;
+  const int per_section = p.heads_per_section * p.num_tiles;
   const int section = item / per_section, rest = item % per_section;
   const int heads = min(p.heads_per_section, p.batch * p.q_heads - section * p.heads_per_section);
   const int batch_head = section * p.heads_per_section + rest % heads;
+  const int place = rest / heads;
   work.batch = batch_head / p.q_heads;
   work.head = batch_head % p.q_heads;
   const int64_t group =
       work.batch * p.list_stride_batch + (work.head / p.list_head_divisor) * p.list_stride_head;
-  work.query_block = p.order[group * p.num_query_blocks + rest / heads];
-  const int64_t row = group * p.num_query_blocks + work.query_block;
-  const int unmasked = p.bounds[row * 2];
+  const int32_t* order = p.order + group * p.num_query_blocks;
+  int64_t row;
+  if constexpr (K::HALVES) {
+    row = group * p.num_tiles + place;
+#pragma unroll
+    for (int g = 0; g < 2; ++g)  // an odd last block has no neighbour: all its queries lie past the end
+      work.first_query[g] = 64 * (2 * place + g < p.num_query_blocks ? order[2 * place + g] : p.num_query_blocks);
+  } else {
+    const int block = order[place];
+    row = group * p.num_query_blocks + block;
+    work.first_query[0] = block * BLOCK_M;
+    work.first_query[1] = block * BLOCK_M + 64;
+  }
+  const int unmasked = p.bounds[row * 2] / K::kEntries;
   work.visible = p.bounds[row * 2 + 1];
   work.list = p.offsets[row];
-  work.count = (work.visible + kEntries - 1) / kEntries;
-  work.masked = work.count - unmasked / kEntries;
+  work.count = (work.visible + K::kEntries - 1) / K::kEntries;
+  work.unmasked = unmasked;
+  if constexpr (K::COLUMNS) {
+    const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / BLOCK_M;
+    work.columns = p.column_bounds[block_row * 2] / BLOCK_N;
+    work.visible_columns = p.column_bounds[block_row * 2 + 1];
+    const int stages = (work.visible_columns + BLOCK_N - 1) / BLOCK_N;
+    work.masked_columns = stages - work.columns;
+    work.column_list =
+        p.column_offsets[group * p.column_rows + work.first_query[0] / BLOCK_M / p.column_group];
+    work.count += stages;
+    work.unmasked += work.columns;
+  }
   return work;
 }
 
-// The same, from shared memory, in uniform registers.
-__device__ __forceinline__ Work read_work(const Work& shared) {
-  Work work;
+// The same, from shared memory, in uniform registers: what a consumer needs of it.
+__device__ __forceinline__ Work read_work(const Work& shared, int group) {
+  Work work = {};
   work.is_last = uniform(shared.is_last);
   work.batch = uniform(shared.batch), work.head = uniform(shared.head);
-  work.query_block = uniform(shared.query_block);
-  work.visible = uniform(shared.visible), work.count = uniform(shared.count);
-  work.masked = uniform(shared.masked);
-  work.list = shared.list;
+  work.first_query[0] = uniform(shared.first_query[group]);
+  work.count = uniform(shared.count), work.unmasked = uniform(shared.unmasked);
+  work.masked_columns = uniform(shared.masked_columns);
   return work;
 }
 
-template <typename Element, int HEAD_DIM>
+template <typename K>
 struct alignas(1024) SharedStorage {
-  Element q[BLOCK_M * HEAD_DIM];           // [HEAD_DIM / 64][BLOCK_M][64], swizzled
-  Element k[kStages][BLOCK_N * HEAD_DIM];  // [HEAD_DIM / 64][BLOCK_N][64], swizzled
-  Element v[kStages][BLOCK_N * HEAD_DIM];
-  Element o[BLOCK_M * HEAD_DIM];           // [BLOCK_M][HEAD_DIM], 16-byte chunks xor-ed with the row
-  uint64_t q_full, q_empty;
+  using Element = typename K::Element;
+  static constexpr int kStages = K::kStages;
+  Element q[kTiles][BLOCK_M * K::HEAD_DIM];   // [2 warpgroups][HEAD_DIM / 64][64][64], swizzled
+  Element k[kStages][BLOCK_N * K::HEAD_DIM];  // [HEAD_DIM / 64][BLOCK_N][64], swizzled
+  Element v[kStages][BLOCK_N * K::HEAD_DIM];
+  Element o[BLOCK_M * K::HEAD_DIM];           // as q
+  uint64_t q_full[kTiles], q_empty[kTiles];
   uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
   uint64_t work_full[2], work_empty[2];
   Work work[2];  // the producer finds the next item while the consumers are at the last
+  float nothing;          // for hold_until
+  unsigned keeps[2][4];   // of each warpgroup: 1 + the last stage that a warp of it kept, of every fourth
+  int words[kStages][K::kEntries];                // of the list, of each block in a K tile
+  alignas(16) int columns[K::COLUMNS ? kStages : 1][BLOCK_N];  // keys in a K tile of columns
 };
 
 }  // namespace sparse_attn::hopper

@@ -15,10 +15,6 @@ from sparse_attn.engines.triton import TritonEngine
 _PRIORITY: tuple[Engine, ...] = (HopperEngine(), TritonEngine(), CpuEngine(), ReferenceEngine())
 ENGINES: dict[str, Engine] = {engine.name: engine for engine in _PRIORITY}
 
-# Taken only by name. Hopper's kernels were checked and timed on an H100 on their own (docs/perf_log.md), but
-# the tests of this package have not yet run through the engine there; when they have, this set is empty.
-ON_REQUEST = {"hopper"}
-
 _forced: str | None = None
 
 
@@ -55,8 +51,7 @@ def _by_priority() -> list[Engine]:
     """The engines that may be taken unasked, in the registry's order. Triton's interpreter comes last: it
     is there to debug kernels, thousands of times slower than the other engines."""
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
-    engines = [engine for engine in ENGINES.values() if engine.name not in ON_REQUEST]
-    return sorted(engines, key=lambda engine: interprets and engine.name == "triton")
+    return sorted(ENGINES.values(), key=lambda engine: interprets and engine.name == "triton")
 
 
 def choose(call: AttendCall, name: str | None = None) -> Engine:

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from sparse_attn import library
 from sparse_attn.engines.base import AttendCall, listed_tiles, new_out
-from sparse_attn.schedule import Schedule, row_order
+from sparse_attn.schedule import Schedule, merged_pairs, row_order
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
-BLOCK_M = 128
-BLOCK_NS = (64, 128)
+BLOCKS = ((128, 128), (128, 64), (64, 128), (64, 64))
+SKIP_BLOCK = (64, 128)  # one warpgroup's scores of one stage: it votes alone
 L2_BYTES = 32 << 20  # keys and values worked on together; 50 MB of L2 on an H100, and queries pass through
 
 
 class HopperEngine:
-    """Block lists on TMA and wgmma, with a producer warp, ping-pong softmax and a persistent grid."""
+    """Block lists, columns and the BLASST skip on TMA and wgmma: a producer, two consumer warpgroups that
+    take turns, a persistent grid."""
 
     name = "hopper"
 
@@ -44,12 +45,14 @@ class HopperEngine:
             reasons.append(
                 f"it takes head_dim 64 and 128, the same for key and value, not {dims[0]} and {dims[1]}."
             )
-        if layout.block_m != BLOCK_M or layout.block_n not in BLOCK_NS:
-            reasons.append(f"it takes blocks of 128x128 and 128x64, not {layout.block_m}x{layout.block_n}.")
-        if layout.columns is not None:
-            reasons.append("it does not read column lists yet.")
-        if call.skip_below is not None:
-            reasons.append("it has no BLASST skip yet.")
+        block = (layout.block_m, layout.block_n)
+        if block not in BLOCKS:
+            names = ", ".join(f"{m}x{n}" for m, n in BLOCKS)
+            reasons.append(f"it takes blocks of {names}, not {block[0]}x{block[1]}.")
+        if call.skip_below is not None and block != SKIP_BLOCK:
+            reasons.append(f"its BLASST skip takes blocks of 64x128, not {block[0]}x{block[1]}.")
+        if layout.columns is not None and (block[0] != 128 or call.skip_below is not None):
+            reasons.append("it reads column lists beside blocks of 128 queries without a BLASST skip.")
         if call.needs_grad:
             reasons.append("it has no backward yet.")
         if call.scale <= 0:
@@ -62,7 +65,11 @@ class HopperEngine:
         return reasons
 
     def schedule(self, call: AttendCall) -> Schedule:
-        return Schedule(order=row_order(call.layout, call.is_causal))
+        layout, causal = call.layout, call.is_causal
+        order = row_order(layout, causal)
+        if layout.block_m == 128:
+            return Schedule(order=order)
+        return Schedule(order=order, merged=merged_pairs(layout, causal, order))
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         layout = call.layout
@@ -70,15 +77,32 @@ class HopperEngine:
         out = new_out(call.q, D)
         lse = torch.empty(B, Hq, L, dtype=torch.float32, device=call.q.device)
         schedule = layout._cache.get(("schedule",)) or self.schedule(call)
+        lists = schedule.merged
+        blocks = (
+            (layout.blocks.offsets, layout.blocks.indices)
+            if lists is None
+            else (lists.offsets, lists.indices)
+        )
+        bounds = layout.block_bounds(call.is_causal) if lists is None else lists.bounds
+        columns: tuple[Tensor | None, ...] = (None, None, None)
+        group = 1
+        if layout.columns is not None:
+            columns = (layout.columns.offsets, layout.columns.indices, layout.column_bounds(call.is_causal))
+            group = layout.columns.group
+        skip_below = None if call.skip_below is None else call.skip_below.contiguous()
+        kept = None
+        if call.want_kept and call.skip_below is not None:
+            kept = torch.zeros(call.kept_shape, dtype=torch.uint8, device=call.q.device)
         heads_at_once = max(L2_BYTES // (call.k.shape[2] * D * 4), 1) * call.gqa_group
         torch.ops.sparse_attn_hopper.attend_fwd(
-            call.q, call.k, call.v, layout.blocks.offsets, layout.blocks.indices,
-            layout.block_bounds(call.is_causal), schedule.order,
-            torch.zeros(1, dtype=torch.int32, device=call.q.device), out, lse,
-            layout.batch, layout.heads, layout.block_n, min(heads_at_once, B * Hq),
+            call.q, call.k, call.v, *blocks, bounds, schedule.order, *columns, skip_below,
+            torch.zeros(1, dtype=torch.int32, device=call.q.device), out, lse, kept,
+            layout.batch, layout.heads, layout.block_m, layout.block_n, group, min(heads_at_once, B * Hq),
             call.is_causal, call.scale,
         )  # fmt: skip
-        return out, lse, listed_tiles(call) if call.want_kept else None
+        if call.want_kept and kept is None:
+            kept = listed_tiles(call)
+        return out, lse, kept
 
     def backward(
         self, call: AttendCall, lse: Tensor, delta: Tensor, kept: Tensor | None, grad_out: Tensor

@@ -1,8 +1,9 @@
 #include "../launch.cuh"
 
-namespace sparse_attn::hopper {
-template void launch<__half, 128, 64>(const AttendFwdParams&, const CUtensorMap&, const CUtensorMap&,
-                                   const CUtensorMap&, int, cudaStream_t);
-template void launch<__half, 128, 128>(const AttendFwdParams&, const CUtensorMap&, const CUtensorMap&,
-                                   const CUtensorMap&, int, cudaStream_t);
-}  // namespace sparse_attn::hopper
+SPARSE_ATTN_INSTANCE(__half, 128, 128, kBlocks);
+SPARSE_ATTN_INSTANCE(__half, 128, 64, kBlocks);
+SPARSE_ATTN_INSTANCE(__half, 128, 128, kHalves);
+SPARSE_ATTN_INSTANCE(__half, 128, 64, kHalves);
+SPARSE_ATTN_INSTANCE(__half, 128, 128, kSkip);
+SPARSE_ATTN_INSTANCE(__half, 128, 128, kColumns);
+SPARSE_ATTN_INSTANCE(__half, 128, 64, kColumns);
