@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from sparse_attn.integrations import vllm as plugin
 from sparse_attn.integrations.vllm_config import ENV, load_settings
+from sparse_attn.methods import METHODS
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.blasst import BlasstConfig
 from sparse_attn.methods.s2 import S2Config
@@ -72,6 +74,13 @@ def test_a_recipe_for_decoding(tmp_path):
     path = save_recipe(tmp_path / "tiny.recipe.json", "blasst", BlasstConfig(0.01), ("prefill", "decode"))
     settings = load_settings(json.dumps({"recipe": str(path), "decode": "sparse"}))
     assert settings.rule_for(1, decode=True).plan.phase == "decode"
+
+
+def test_a_sixth_method_is_reachable(monkeypatch):
+    sixth = replace(METHODS["blasst"], name="sixth")
+    monkeypatch.setitem(METHODS, "sixth", sixth)
+    rule = load_settings('{"method": "sixth", "options": {"threshold": 0.5}}').rule_for(0)
+    assert rule.method is sixth and rule.config == BlasstConfig(0.5)
 
 
 BAD = {
