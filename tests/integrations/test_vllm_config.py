@@ -80,7 +80,7 @@ def test_a_sixth_method_is_reachable(monkeypatch):
     sixth = replace(METHODS["blasst"], name="sixth")
     monkeypatch.setitem(METHODS, "sixth", sixth)
     rule = load_settings('{"method": "sixth", "options": {"threshold": 0.5}}').rule_for(0)
-    assert rule.method is sixth and rule.config == BlasstConfig(0.5)
+    assert rule.method is sixth and rule.config.threshold == 0.5
 
 
 BAD = {
