@@ -58,7 +58,7 @@ class HopperEngine:
         if call.scale <= 0:
             reasons.append(f"it needs a positive scale, not {call.scale}.")
         for name, x in (("query", call.q), ("key", call.k), ("value", call.v)):
-            if not _copy_engine_takes(x):
+            if x.is_cuda and not _copy_engine_takes(x):  # a traced graph cannot ask for a storage offset
                 reasons.append(
                     f"{name} has strides {x.stride()} or an address that are not multiples of 16 bytes."
                 )
