@@ -340,6 +340,10 @@ class SparseAttnBackend(TritonAttentionBackend):
         return False
 
     @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # segments are cut by the host's lengths
+
+    @classmethod
     def supports_mm_prefix(cls) -> bool:
         return False
 

@@ -277,6 +277,7 @@ def test_what_vllm_validates(use):
     assert validate(**(asked | {"head_size": 512})) == ["head_size not supported"]
     assert validate(**asked, use_batch_invariant=True) == ["batch invariance not supported"]
     assert validate(**asked, use_dcp=True) == ["DCP not supported"]
+    assert "device-cpu query lens mismatch" in validate(**asked, use_adaptive_verification=True)[0]
 
 
 def test_graphs_hold_only_what_vllm_runs(use, config):
