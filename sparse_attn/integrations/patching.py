@@ -13,6 +13,7 @@ leaves the model as it was. What the layers then do with padding, other masks an
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -284,10 +285,12 @@ def explain(model: nn.Module) -> str:
     if not is_patched(model) and not loaded:
         implementation = getattr(getattr(model, "config", None), "_attn_implementation", "its own code")
         return f"{name} is not patched: every layer runs stock attention ({implementation})."
-    rows: list[list[str]] = []
+    modules = attention_modules(model)
+    stacks = [re.sub(r"\.\d+\..*", "", name) for name, _ in modules]
+    rows: list[tuple[str, list[str]]] = []
     numbers: list[list[str]] = []
-    for _, module in attention_modules(model):
-        row = _row(adapter.setting_for(module))
+    for stack, (_, module) in zip(stacks, modules, strict=True):
+        row = (stack, _row(adapter.setting_for(module)))
         if rows and rows[-1] == row:
             numbers[-1].append(str(module.layer_idx))
         else:
@@ -295,8 +298,8 @@ def explain(model: nn.Module) -> str:
             numbers.append([str(module.layer_idx)])
     head = ["layers", "prefill", "decode", "other masks", "why"]
     table = [head] + [
-        [run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}", *row]
-        for run, row in zip(numbers, rows, strict=True)
+        [(f"{stack} " if len(set(stacks)) > 1 else "") + "-".join(dict.fromkeys((run[0], run[-1]))), *row]
+        for run, (stack, row) in zip(numbers, rows, strict=True)
     ]
     widths = [max(len(line[column]) for line in table) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.checks import MAX_HEAD_DIM
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods import METHODS, Context, Method
 from sparse_attn.methods.base import run
@@ -246,6 +247,17 @@ def fit(module: nn.Module, setting: Setting, reason: str = "", name: str = "") -
         return replace(setting, window=window, reason=reason, is_stock=True)
     if is_cross_attention(module, name):
         return replace(setting, attention=None, decode=None, reason="cross-attention")
+    if isinstance(size := getattr(module, "head_dim", None), int) and size > MAX_HEAD_DIM:
+        reason = f"heads of size {size}: at most {MAX_HEAD_DIM} is supported"
+        return replace(setting, attention=None, decode=None, window=window, reason=reason)
+    asked = setting.attention
+    if (
+        isinstance(asked, MethodAttention)
+        and asked.method.causal_only
+        and not getattr(module, "is_causal", True)
+    ):
+        reason = f"{asked.method.name} needs causal attention"
+        return replace(setting, attention=None, decode=None, window=window, reason=reason)
     if window is not None:
         some = "" if setting.attention is None else f"{name_of(setting.attention)} up to {window} keys, then "
         return replace(setting, window=window, reason=f"sliding window: {some}dense under the window")

@@ -78,6 +78,15 @@ def test_an_encoder_runs_sparse_with_padding(side: str) -> None:
     assert error(full[mask.bool()], stock[mask.bool()]) < 1e-4
 
 
+def test_a_causal_method_leaves_an_encoder_alone() -> None:
+    model, ids = bert(), tokens(1, 48)
+    with torch.no_grad():
+        stock = model(ids).last_hidden_state
+        with pytest.warns(DenseFallbackWarning, match="no layer .*anchor needs causal attention"):
+            sa.patch(model, "anchor")
+        assert error(model(ids).last_hidden_state, stock) < 1e-4
+
+
 def test_a_recipe_for_an_encoder() -> None:
     model, ids = bert(), tokens(1, 48)
     groups = (HeadGroup((0, 2), "s2", sa.S2Config(**S2)), HeadGroup((1, 3), "dense", DenseConfig(8)))
@@ -173,3 +182,43 @@ def test_layers_without_numbers_follow_the_model() -> None:
     for arguments in ((recipe,), ("s2", None)):
         with pytest.raises(ValueError, match=r"no layer_idx|numbered \[\]"):
             sa.patch(model, *arguments, **({} if arguments[0] is recipe else {"layers": {0: "dense"}}))
+
+
+def diffusion_gemma(global_head_dim: int):
+    """Encoder and decoder stacks that share weights, a window in one layer of two, a vision tower."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": global_head_dim,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"], "num_experts": 2, "top_k_experts": 1,
+        "moe_intermediate_size": 32,
+    }  # fmt: skip
+    tokens_of = {"image_token_id": 120, "boi_token_id": 121, "eoi_token_id": 122}
+    config = transformers.DiffusionGemmaConfig(text_config=text, canvas_length=8, **tokens_of)
+    return sharpened(transformers.DiffusionGemmaForBlockDiffusion(config))
+
+
+def test_diffusion_gemma() -> None:
+    """Generation is the stock one where dense, by either road; heads that no engine runs stay dense."""
+    model, ids = diffusion_gemma(32), tokens(1, 40) % 100
+
+    def said() -> list[int]:
+        torch.manual_seed(1)
+        return model.generate(ids, max_new_tokens=16).sequences[0].tolist()
+
+    stock = said()
+    with sa.patched(model, "dense"):
+        assert said() == stock
+    with sa.patched(model, "s2", vert_stride=1, block_size=8):
+        assert said() == stock
+        stacks = ("model.encoder.language_model.layers 1 ", "model.decoder.layers 1 ")
+        lines = sa.explain(model).splitlines()
+        assert all(any(line.startswith(stack) and "s2(" in line for line in lines) for stack in stacks)
+    with sa.patched(model, "anchor", theta=1e9, block_size=8, step=2):  # causal layers only: the encoder's
+        assert said() == stock
+        assert sa.explain(model).count("anchor needs causal attention") == 2, "vision tower and decoder"
+    model = diffusion_gemma(512)
+    with sa.patched(model, "s2", vert_stride=1, block_size=8):
+        assert sa.explain(model).count("heads of size 512: at most 256 is supported") == 2
+        assert said()
