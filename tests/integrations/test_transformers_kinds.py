@@ -194,8 +194,15 @@ def diffusion_gemma(global_head_dim: int):
         "layer_types": ["sliding_attention", "full_attention"], "num_experts": 2, "top_k_experts": 1,
         "moe_intermediate_size": 32,
     }  # fmt: skip
+    vision = {
+        "model_type": "gemma4_vision", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+        "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "position_embedding_size": 64,
+    }  # fmt: skip
     tokens_of = {"image_token_id": 120, "boi_token_id": 121, "eoi_token_id": 122}
-    config = transformers.DiffusionGemmaConfig(text_config=text, canvas_length=8, **tokens_of)
+    config = transformers.DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=8, **tokens_of
+    )
     return sharpened(transformers.DiffusionGemmaForBlockDiffusion(config))
 
 
