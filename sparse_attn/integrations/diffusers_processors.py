@@ -121,8 +121,9 @@ def _in_graph() -> bool:
 
 
 def _video_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, number: Tensor) -> Tensor:
-    out = _processors[int(number)].attend_now(q, k, v, scale)
-    return out.contiguous()
+    out = _processors[int(number)].attend_now(q, k, v, scale).contiguous()
+    # A function of the user's may hand back what it was given; an operator must not.
+    return out.clone() if any(out.data_ptr() == x.data_ptr() for x in (q, k, v)) else out
 
 
 def _video_attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, number: Tensor) -> Tensor:

@@ -200,6 +200,20 @@ def test_compiled_blocks_serve_all_layers_and_steps(name):
         assert_near(a, b)
 
 
+@pytest.mark.parametrize("rule", ["vdit", "function"])
+def test_the_operator_of_compiled_graphs(rule):
+    """opcheck, also where a user's function returns its very argument."""
+    model = MODELS["wan"]()
+    if rule == "vdit":
+        video.patch(model, "vdit", patterns=PATTERNS, block_size=16)
+    else:
+        video.patch(model, lambda q, k, v, *, layer, is_causal, scale: v)
+    call(model, inputs("wan"))
+    q, k, v = torch.randn(3, 2, 192, 2, 12).transpose(2, 3)  # [B, H, N, D], as the processors hold them
+    number = model.blocks[1].attn1.processor.number
+    torch.library.opcheck(torch.ops.sparse_attn.video_attention.default, (q, k, v, 0.3, number))
+
+
 @pytest.mark.plain_empty
 def test_compiled_whole():
     model, given = MODELS["hunyuan"](), inputs("hunyuan")
