@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +22,16 @@ GRID = 32  # cells a side
 LOWEST = 1e-4  # of a query's mass in a cell: drawn white at and below this
 
 
-def layer_maps(
-    call: Call, reference: Attended, drawn: Sequence[tuple[Plan, Attended]]
-) -> dict[str, np.ndarray]:
-    """Pictures of one layer, of the first sequence of its batch.
-
-    Returns:
-        truth: uint8 [heads, GRID, GRID], attention mass a query gives to a cell, on a logarithmic scale.
-        kept: uint8 [candidates, heads, GRID, GRID], share of a cell's pairs on the candidate's lists.
-    """
-    L, S, heads = call.q.shape[2], call.k.shape[2], call.q.shape[1]
-    m, n = -(-L // GRID), -(-S // GRID)
+def attention_map(call: Call, reference: Attended) -> np.ndarray:
+    """uint8 [heads, GRID, GRID]: the attention mass that a query gives to a cell, on a logarithmic scale, in
+    the first sequence of the batch."""
+    m, n = -(-call.q.shape[2] // GRID), -(-call.k.shape[2] // GRID)
     mass = block_mass(
-        call.q[:1],
-        call.k[:1],
-        reference.lse[:1],
-        block_m=m,
-        block_n=n,
-        scale=call.scale,
+        call.q[:1], call.k[:1], reference.lse[:1], block_m=m, block_n=n, scale=call.scale,
         is_causal=call.is_causal,
-    )
-    level = (mass[0] / m / LOWEST).clamp(min=1).log() / torch.tensor(1 / LOWEST).log()
-    truth = _fit((level.clamp(0, 1) * 255).round())
-    kept = [_kept(plan, result, heads) for plan, result in drawn]
-    return {"truth": truth.to(torch.uint8).numpy(), "kept": torch.stack(kept).numpy()}
+    )  # fmt: skip
+    level = (mass[0].cpu() / m / LOWEST).clamp(min=1).log() / -math.log(LOWEST)
+    return _fit((level.clamp(0, 1) * 255).round()).to(torch.uint8).numpy()
 
 
 def _fit(grid: Tensor) -> Tensor:
@@ -53,8 +39,8 @@ def _fit(grid: Tensor) -> Tensor:
     return torch.nn.functional.pad(grid, (0, GRID - grid.shape[-1], 0, GRID - grid.shape[-2]))
 
 
-def _kept(plan: Plan, result: Attended, heads: int) -> Tensor:
-    """uint8 [heads, GRID, GRID]"""
+def pattern_map(plan: Plan, result: Attended, heads: int) -> np.ndarray:
+    """uint8 [heads, GRID, GRID]: the share of a cell's pairs on a candidate's lists."""
     layout = plan.layout
     blocks = layout.block_mask()[:1] if result.kept is None else result.kept[:1].bool()
     share = adaptive_avg_pool2d(blocks.float(), (GRID, GRID))
@@ -62,7 +48,7 @@ def _kept(plan: Plan, result: Attended, heads: int) -> Tensor:
         share = share + _columns(layout)
     share = share[0]
     share = share if share.shape[0] == heads else share.repeat_interleave(heads // share.shape[0], 0)
-    return (share.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    return (share.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def _columns(layout: SparseLayout) -> Tensor:

@@ -32,7 +32,7 @@ from sparse_attn.search.candidates import Candidate, Shape, default_candidates, 
 from sparse_attn.search.capture import query_runs, sdpa
 from sparse_attn.search.cost import CostTable, select_key, shipped_table
 from sparse_attn.search.cost_measure import one_thread, select_us
-from sparse_attn.search.maps import layer_maps, save_maps
+from sparse_attn.search.maps import attention_map, pattern_map, save_maps
 from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
 from sparse_attn.search.models import Model
 from sparse_attn.search.predict import Measured, collect, copies_us, extra_us, plans
@@ -223,7 +223,7 @@ class Search:
             self._time_selections(call)
         runs = query_runs(call, self.num_queries)
         references = [dense(run) for run in runs]
-        scores, drawn = [], []
+        scores, patterns = [], []
         for candidate in self.options:
             parts = []
             for run, reference in zip(runs, references, strict=True):
@@ -231,9 +231,10 @@ class Search:
                 parts.append(score(run, reference, plan, result))
             scores.append(add_scores(parts))
             if sample == 0:
-                drawn.append((plan, result))
+                patterns.append(pattern_map(plan, result, call.q.shape[1]))
         if sample == 0:
-            save_maps(self.folder.map_path(call.layer), layer_maps(runs[-1], references[-1], drawn))
+            truth = attention_map(runs[-1], references[-1])
+            save_maps(self.folder.map_path(call.layer), {"truth": truth, "kept": np.stack(patterns)})
         B, L, S = call.q.shape[0], call.q.shape[2], call.k.shape[2]
         measure = {
             "head_dim": call.q.shape[-1],
