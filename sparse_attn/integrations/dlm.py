@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_attn.integrations import transformers as adapter
+from sparse_attn.integrations.padding import dense, each_sequence, real_tokens
 from sparse_attn.integrations.patching import patched
 from sparse_attn.integrations.sdpa import handled_by, leave_alone, redirected, why_not
 from sparse_attn.integrations.settings import MethodAttention, as_recipe, attention_of
@@ -156,7 +156,7 @@ class Denoising:
             )
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         if layer in self._dense_layers:
-            return adapter._dense(query, key, value, None, is_causal, scale)
+            return dense(query, key, value, None, is_causal, scale)
         cache = self._caches.setdefault((branch, row), LayoutCache())
         prompt_len = self._prompt_of(query.shape[0], row, first)
         how: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "engine": self._engine}
@@ -214,7 +214,7 @@ class Denoising:
             reason = "its mask is not one of padding"
         spans = None
         if padding is not None and not bool(padding.all()):
-            spans = adapter._real_tokens(padding)
+            spans = real_tokens(padding)
             reason = "padding inside a sequence" if spans is None else ""
         if reason:
             self.reasons[reason] += 1
@@ -223,7 +223,7 @@ class Denoising:
         def attention(q: Tensor, k: Tensor, v: Tensor, row: int | None = None, first: int = 0) -> Tensor:
             return self(q, k, v, layer=layer, is_causal=causal, scale=scale, row=row, first=first)
 
-        return attention(q, k, v) if spans is None else adapter._each_sequence(attention, q, k, v, spans)
+        return attention(q, k, v) if spans is None else each_sequence(attention, q, k, v, spans)
 
     def _padding_of(self, mask: Tensor, batch: int) -> Tensor | None:
         """bool [B, L], true on real tokens, of a mask [B, 1, 1 or L, L], bool or additive; None of others.

@@ -32,6 +32,7 @@ except ImportError as error:
     raise ImportError("sparse_attn.S2Cache needs transformers 5; pip install 'transformers>=5'.") from error
 
 from sparse_attn.integrations import transformers as adapter
+from sparse_attn.integrations.padding import dense
 from sparse_attn.integrations.patching import attention_modules, is_patched
 from sparse_attn.integrations.settings import ATTRIBUTE, Setting
 from sparse_attn.methods.s2 import S2Config, _local_shifts
@@ -233,9 +234,7 @@ class S2CacheLayer(CacheLayerMixin):
                 rows = [self._reads(x, c.positions[None], at // self.config.block_size) for x in c.shifts]
                 mask = torch.stack(rows[:1] if alike else rows * len(c.kv_heads)) & (c.positions <= at)
             q = query[:, c.q_heads]
-            out[:, c.q_heads] = adapter._dense(
-                q, c.keys, c.values, None if mask is None else mask[None], False, scale
-            )
+            out[:, c.q_heads] = dense(q, c.keys, c.values, None if mask is None else mask[None], False, scale)
         return out
 
     # -- the rest of transformers' interface --

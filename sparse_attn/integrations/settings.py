@@ -207,7 +207,7 @@ def settings_of_recipe(
     if "prefill" not in recipe.phases:
         raise ValueError(
             f"patch: the recipe has plans for {', '.join(recipe.phases) or 'nothing'} but none for prefill; "
-            "a recipe for denoising steps goes to the adapter of its model."
+            "a language model's recipe for denoising steps goes to sparse_attn.denoising."
         )
     own_decode = "decode" in recipe.phases and decode != DENSE
     made = {}

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from sparse_attn.integrations.padding import dense, each_sequence, real_tokens, visible
 from sparse_attn.integrations.settings import (
     ATTRIBUTE,
     Setting,
@@ -48,7 +48,6 @@ NAME = "sparse_attn"
 CONFIG = "sparse_attention_config"
 PENDING = "_sparse_attn_pending"  # of a layer whose keys an S2Cache has just taken: it runs the call
 _LOADED = "_sparse_attn_loaded"
-_SPANS = "_sparse_attn_spans"
 
 
 class DenseFallbackWarning(UserWarning):
@@ -340,14 +339,14 @@ def attention_forward(
         setattr(module, PENDING, None)
         out = cached.attend(query, key, value, attention_mask, sparse, scale)
     elif chosen is None:
-        out = _dense(query, key, value, attention_mask, causal, scale)
+        out = dense(query, key, value, attention_mask, causal, scale)
     elif attention_mask is None:
         out = sparse(query, key, value)
-    elif _can_cut(module, query, key, attention_mask, causal) and (spans := _real_tokens(attention_mask)):
-        out = _each_sequence(sparse, query, key, value, spans)
+    elif _can_cut(module, query, key, attention_mask, causal) and (spans := real_tokens(attention_mask)):
+        out = each_sequence(sparse, query, key, value, spans)
     else:
         _fall_back(setting, attention_mask, key.shape[2])
-        out = _dense(query, key, value, attention_mask, causal, scale)
+        out = dense(query, key, value, attention_mask, causal, scale)
     return out.transpose(1, 2), None
 
 
@@ -370,11 +369,11 @@ def _eager(
             f"{type(module).__name__} has no eager_attention_forward to run it; use another "
             "attn_implementation."
         )
-    visible = _visible(query.shape[2], key.shape[2], mask, causal, query.device)
-    if visible is not None and visible.dtype == torch.bool:
+    seen = visible(query.shape[2], key.shape[2], mask, causal, query.device)
+    if seen is not None and seen.dtype == torch.bool:
         hidden = torch.finfo(query.dtype).min
-        visible = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, hidden)
-    return own(module, query, key, value, visible, dropout=0.0, scaling=scale, **kwargs)[0]
+        seen = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, hidden)
+    return own(module, query, key, value, seen, dropout=0.0, scaling=scale, **kwargs)[0]
 
 
 def _can_cut(module: Any, query: Tensor, key: Tensor, mask: Tensor, causal: bool) -> bool:
@@ -382,53 +381,6 @@ def _can_cut(module: Any, query: Tensor, key: Tensor, mask: Tensor, causal: bool
     config = getattr(module, "config", None)
     crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
     return mask.dim() == 2 and (causal or (query.shape[2] == key.shape[2] and not crosses))
-
-
-def _real_tokens(padding: Tensor) -> list[tuple[int, int]] | None:
-    """Per sequence, the half-open range of its real tokens; None if one has holes.
-
-    Reading them synchronises, and the layers of a forward pass share their mask, so that it keeps them.
-    """
-    if not hasattr(padding, _SPANS):
-        setattr(padding, _SPANS, _read_spans(padding))
-    return getattr(padding, _SPANS)
-
-
-def _read_spans(padding: Tensor) -> list[tuple[int, int]] | None:
-    count = padding.sum(-1)
-    first = padding.to(torch.uint8).argmax(-1)
-    position = torch.arange(padding.shape[1], device=padding.device)
-    inside = (position >= first[:, None]) & (position < (first + count)[:, None])
-    if not torch.equal(inside, padding):
-        return None
-    return list(zip(first.tolist(), (first + count).tolist(), strict=True))
-
-
-def _each_sequence(
-    sparse: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    spans: list[tuple[int, int]],
-) -> Tensor:
-    """Run every sequence of the batch on its own real tokens. Padding queries give 0.
-
-    Queries are the last L of the S positions, so query i sits at position i + S - L.
-
-    Args:
-        sparse: (q, k, v, row=, first=) -> out: the sequence's number, and its first real position.
-    """
-    L, S = query.shape[2], key.shape[2]
-    out = query.new_zeros(*query.shape[:3], value.shape[-1])
-    for b, (first, end) in enumerate(spans):
-        rows = slice(max(first - (S - L), 0), end - (S - L))
-        if rows.stop <= rows.start:
-            continue
-        own, keys = slice(b, b + 1), slice(first, end)
-        out[own, :, rows] = sparse(
-            query[own, :, rows], key[own, :, keys], value[own, :, keys], row=b, first=first
-        )
-    return out
 
 
 def _fall_back(setting: Setting, mask: Tensor, key_length: int) -> None:
@@ -449,25 +401,3 @@ def _warn(message: str) -> None:
 
 
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # once, while a graph is traced
-
-
-def _visible(L: int, S: int, mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """A mask of ours with causality and four dimensions (or [L, S]); None where all keys are visible."""
-    if mask is not None and mask.dim() == 4:
-        return mask
-    edge = torch.ones(L, S, dtype=torch.bool, device=device).tril(S - L) if causal and L > 1 else None
-    if mask is None:
-        return edge
-    mask = mask[:, None, None, :]
-    return mask if edge is None else mask & edge
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """`scaled_dot_product_attention` under any mask of ours; queries without any key give 0."""
-    L, S = q.shape[2], k.shape[2]
-    plain_causal = mask is None and causal and L > 1 and L == S  # SDPA's own is_causal is upper-left aligned
-    if not plain_causal:
-        mask = _visible(L, S, mask, causal, q.device)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=plain_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
