@@ -12,14 +12,12 @@ queries, keys and values of the dense model, one layer in memory at a time. The 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from sparse_attn.engines import ENGINES
 from sparse_attn.layout_stats import visible_pairs
-from sparse_attn.recipe import LayerPlan, Recipe, run_layer
+from sparse_attn.recipe import Recipe
 from sparse_attn.search.candidates import Candidate, Shape, default_candidates, distinct
 from sparse_attn.search.capture import query_runs, sdpa
 from sparse_attn.search.cost import CostTable, select_key, shipped_table
@@ -35,59 +33,19 @@ from sparse_attn.search.cost_measure import one_thread, select_us
 from sparse_attn.search.maps import attention_map, pattern_map, save_maps
 from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
 from sparse_attn.search.models import Model
+from sparse_attn.search.outcome import pareto, plans_hash, recipe_attention, sdpa_layer
 from sparse_attn.search.predict import Measured, collect, copies_us, extra_us, plans
-from sparse_attn.search.solve import Problem, greedy_at_error, paper_greedy, solve
+from sparse_attn.search.rules import Budget, PaperRule, Progress, Silent
+from sparse_attn.search.solve import Problem, paper_greedy, solve
 from sparse_attn.search.work import WorkFolder
+
+__all__ = ["Budget", "Found", "PaperRule", "Search", "recipe_attention", "sdpa_layer", "search"]
 
 # How many times the estimated divergence a recipe's measured loss is found to rise; only where a search
 # starts. Measured on SmolLM2-135M: 1.3 to 1.5.
 FIRST_RATIO = 1.4
 TRIALS = 6  # recipes tried on the model for one budget
 CLOSE = 0.92  # a recipe that uses this share of its budget is good enough
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a recipe may change the model. Exactly one is given.
-
-    Attributes:
-        perplexity: relative rise of the perplexity over the calibration samples, 0.01 for one percent.
-        divergence: sum of the estimated divergences of all heads, nats a token.
-        relative_error: root mean square over all heads of |out - dense| / |dense|.
-    """
-
-    perplexity: float | None = None
-    divergence: float | None = None
-    relative_error: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {k: v for k, v in asdict(self).items() if v is not None}
-        if len(given) != 1 or not all(0 < x < math.inf for x in given.values()):
-            raise ValueError(
-                f"search: the budget is {given or 'empty'}; give one of perplexity, divergence and "
-                "relative_error, above 0."
-            )
-
-
-@dataclass(frozen=True)
-class PaperRule:
-    """The search of Sparse-vDiT (section 4.2) instead of the knapsack: the candidate of least
-    MSE + penalty * (1 - S_i), or full attention where all exceed epsilon."""
-
-    penalty: float = 0.5
-    epsilon: float = 1.0
-
-
-class Progress(Protocol):
-    def stage(self, name: str, total: int) -> None: ...
-    def advance(self) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class Silent:
-    def stage(self, name: str, total: int) -> None: ...
-    def advance(self) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +260,7 @@ class Search:
         problem = measured.problem(weight)
         whole = len(measured.layers) == self.model.fingerprint.num_layers
         recipe = self._recipe(measured, choice, partial=not whole)
-        summary = self._summary(rule, measured, problem, choice, trials)
+        summary = {"weight": weight} | self._summary(rule, measured, problem, choice, trials)
         return Found(recipe, measured, choice, self.options, summary)
 
     def _recipe(self, measured: Measured, choice: np.ndarray, *, partial: bool) -> Recipe:
@@ -392,7 +350,6 @@ class Search:
         spent = problem.error_of(choice)
         summary: dict[str, Any] = {
             "rule": {"name": type(rule).__name__, **asdict(rule)},
-            "weight": "divergence" if not np.isnan(measured.harm).any() else "head",
             "samples": self.model.num_samples,
             "length": self.model.length,
             "seed": self.seed,
@@ -424,54 +381,6 @@ class Search:
 
 class _Enough(Exception):
     """Ends a pass after the last layer that was to be measured."""
-
-
-def pareto(
-    problem: Problem, measured: Measured, spent: float
-) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """Least time at some error budgets, ours and the paper's rule with its penalty of 0.5 and with the best
-    penalty of a wide range, epsilon always chosen for the budget."""
-    ours, greedy = [], []
-    for factor in (0.125, 0.25, 0.5, 1.0, 2.0, 4.0):
-        budget = spent * factor
-        if budget <= 0 or budget < problem.error.min(1).sum():
-            continue
-        choice = solve(problem, budget)
-        ours.append({"error": problem.error_of(choice), "time_us": problem.time_of(choice)})
-        by_penalty = {
-            p: problem.time_of(greedy_at_error(problem, measured.mse, measured.density, budget, penalty=p))
-            for p in (0.5, *np.logspace(-6, 1, 15).tolist())
-        }
-        best = min(by_penalty, key=lambda p: by_penalty[p])
-        greedy.append(
-            {"budget": budget, "paper_us": by_penalty[0.5], "best_us": by_penalty[best], "best_penalty": best}
-        )
-    return ours, greedy
-
-
-def sdpa_layer(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
-    return sdpa(q, k, v, is_causal=is_causal, scale=scale)
-
-
-def recipe_attention(recipe: Recipe, phase: str | None = None):
-    """The attention function that runs a recipe in a model: for `patch`, `intercept_sdpa` and `Model.run`."""
-    layers = {n: recipe.plan_for(n, phase) for n in range(recipe.model.num_layers)}
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float) -> Tensor:
-        return run_layer(layers[layer], q, k, v, is_causal=is_causal, scale=scale)  # type: ignore[return-value]
-
-    return attention
-
-
-def plans_hash(layers: Sequence[LayerPlan]) -> str:
-    """What tells recipes apart when they run: heads, methods and settings."""
-    from sparse_attn.recipe_check import encode_config
-
-    plain = [
-        [p.layer, [[list(g.heads), g.method, encode_config(g.config, {}, "")] for g in p.groups]]
-        for p in layers
-    ]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def search(model: Model, rule: Budget | PaperRule, *, work: str | Path, **options: Any) -> Found:

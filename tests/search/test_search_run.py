@@ -249,3 +249,14 @@ def test_the_summary_is_plain_json(tmp_path):
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert len(summary["choice"]) == 12 and summary["pareto"]
     assert all(g["best_us"] <= g["paper_us"] for g in summary["greedy"])
+
+
+def test_a_bidirectional_llama_is_offered_sparsed(tmp_path):
+    tiny_language_model.cache_clear()
+    model = tiny_language_model()
+    for layer in model.model.model.layers:
+        layer.self_attn.is_causal = False
+    tiny_language_model.cache_clear()
+    found = search(model, Budget(relative_error=0.1), work=tmp_path / "w", is_causal=False, prompt_len=64)
+    assert "sparsed" in {c.method for c in found.candidates}
+    assert 0 < found.summary["relative_error"] <= 0.1 and found.summary["weight"] == "head"
