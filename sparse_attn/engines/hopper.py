@@ -94,12 +94,14 @@ class HopperEngine:
         if call.want_kept and call.skip_below is not None:
             kept = torch.zeros(call.kept_shape, dtype=torch.uint8, device=call.q.device)
         heads_at_once = max(L2_BYTES // (call.k.shape[2] * D * 4), 1) * call.gqa_group
-        torch.ops.sparse_attn_hopper.attend_fwd(
-            call.q, call.k, call.v, *blocks, bounds, schedule.order, *columns, skip_below,
-            torch.zeros(1, dtype=torch.int32, device=call.q.device), out, lse, kept,
-            layout.batch, layout.heads, layout.block_m, layout.block_n, group, min(heads_at_once, B * Hq),
-            call.is_causal, call.scale,
-        )  # fmt: skip
+        q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
+        with torch.cuda.device(q.device):
+            torch.ops.sparse_attn_hopper.attend_fwd(
+                q, k, v, *blocks, bounds, schedule.order, *columns, skip_below,
+                torch.zeros(1, dtype=torch.int32, device=q.device), out, lse, kept,
+                layout.batch, layout.heads, layout.block_m, layout.block_n, group,
+                min(heads_at_once, B * Hq), call.is_causal, call.scale,
+            )  # fmt: skip
         if call.want_kept and kept is None:
             kept = listed_tiles(call)
         return out, lse, kept
@@ -111,7 +113,14 @@ class HopperEngine:
 
 
 def _copy_engine_takes(x: Tensor) -> bool:
-    """Whether a tensor map can describe [B, H, N, D]: 16-byte address and strides, nothing expanded."""
+    """Whether a tensor map can describe [B, H, N, D]: 16-byte address and strides, nothing expanded.
+    A trace knows no address: `_aligned` sees to it when the call runs."""
     step = 16 // x.element_size()
     strides = [(size, stride) for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    return x.storage_offset() % step == 0 and all(stride > 0 and stride % step == 0 for _, stride in strides)
+    is_aligned = torch.compiler.is_compiling() or x.device.type != "cuda" or x.storage_offset() % step == 0
+    return is_aligned and all(stride > 0 and stride % step == 0 for _, stride in strides)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where a compiled graph brought an address that is no multiple of 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
