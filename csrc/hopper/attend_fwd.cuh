@@ -124,8 +124,8 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
   SoftmaxState state = kNothing;
   Work work;
   float skip_below = 0.f;  // in units of the unscaled scores
-  unsigned step = 0;                // stages seen so far
-  unsigned turn = 0, loaded = 0;    // items seen so far, and those of them with stages
+  unsigned step = 0;              // stages seen so far
+  unsigned turn = 0, loaded = 0;  // items seen so far, and those of them with stages
   // P V not issued yet, and of which stage. Without SKIP there always is one after the first stage.
   int is_pending = 0;
   unsigned pending = 0;
@@ -176,10 +176,12 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
     wgmma_wait<kPending ? 1 : 0>();
     pin(s);
     if constexpr (kMasked) {
-      if (K::COLUMNS && i - item.unmasked < item.masked_columns)
+      if (K::COLUMNS && i - item.unmasked < item.masked_columns) {
         mask_columns(s, p, shared.columns[K::COLUMNS ? slot : 0], query, lane);
-      else
+        named_sync(kStoreBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
+      } else {
         mask_blocks<K>(s, p, words, query, group, lane);
+      }
     }
     if (elected) mbarrier_arrive(&shared.k_empty[slot]);
 
