@@ -17,6 +17,7 @@ from sparse_attn.recipe_check import encode_config
 
 # One letter a setting: dense is a dot; past the last letter all others share "?".
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+NO_SHARD = 1 << 30  # a stride of S2 that no sequence reaches: what is left is a window with a sink
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
 
 
@@ -75,8 +76,12 @@ def summary(recipe: Recipe) -> dict[str, Any]:
 
 
 def setting_text(group: HeadGroup) -> str:
-    """The method and those of its settings that are not at their default; "s2 block_size=32"."""
+    """The method and those of its settings that are not at their default; "s2 block_size=32". An S2 whose
+    stride no sequence reaches is what it then is, a window with a sink: "s2 window 512+64, blocks of 64"."""
     plain = encode_config(group.config, {}, "")
+    if group.method == "s2" and plain["vert_stride"] >= NO_SHARD:
+        block, local, sink = (plain[x] for x in ("block_size", "local_blocks", "sink_blocks"))
+        return f"s2 window {(local - 1) * block}+{sink * block}, blocks of {block}"
     defaults = {f: x.default for f, x in type(group.config).__dataclass_fields__.items()}
     parts = [f"{k}={_short(v)}" for k, v in plain.items() if k not in defaults or defaults[k] != v]
     return " ".join([group.method, *parts])

@@ -34,6 +34,7 @@ from sparse_attn.recipe import (
     validate,
 )
 from sparse_attn.recipe_check import decode_config, encode_config, schema
+from sparse_attn.recipe_command import setting_text
 from sparse_attn.reuse import LayoutCache
 from sparse_attn.testing import assert_close, kept_mask, make_inputs, masked_attention
 
@@ -667,3 +668,8 @@ def test_the_docs_name_every_key_of_the_schema():
     parts = (schema(), schema()["properties"]["model"], layer, group, group["properties"]["expected"])
     keys = {key for part in parts for key in part["properties"]} - {"layers"}
     assert {key for key in keys if f"`{key}`" not in page} == set()
+
+
+def test_a_window_is_called_one():
+    config = S2Config(block_size=64, local_blocks=9, vert_stride=1 << 30, sink_blocks=1, head_shift=0)
+    assert setting_text(HeadGroup((0,), "s2", config)) == "s2 window 512+64, blocks of 64"
