@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sparse_attn.methods.s2 import NO_SHARD
 from sparse_attn.recipe import HeadGroup, LayerPlan, Recipe
 from sparse_attn.recipe_check import encode_config
 
 # One letter a setting: dense is a dot; past the last letter all others share "?".
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-NO_SHARD = 1 << 30  # a stride of S2 that no sequence reaches: what is left is a window with a sink
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green")
 
 

@@ -18,7 +18,7 @@ from sparse_attn.layout import SparseLayout
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.blasst import BlasstConfig
-from sparse_attn.methods.s2 import S2Config, s2_attention
+from sparse_attn.methods.s2 import NO_SHARD, S2Config, s2_attention
 from sparse_attn.methods.sparsed import SparseDConfig
 from sparse_attn.methods.sparsed_layout import sparsed_layout
 from sparse_attn.methods.vdit import VDiTConfig, vdit_layout
@@ -671,5 +671,5 @@ def test_the_docs_name_every_key_of_the_schema():
 
 
 def test_a_window_is_called_one():
-    config = S2Config(block_size=64, local_blocks=9, vert_stride=1 << 30, sink_blocks=1, head_shift=0)
+    config = S2Config(block_size=64, local_blocks=9, vert_stride=NO_SHARD, sink_blocks=1, head_shift=0)
     assert setting_text(HeadGroup((0,), "s2", config)) == "s2 window 512+64, blocks of 64"

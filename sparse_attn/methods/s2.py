@@ -27,6 +27,9 @@ from sparse_attn.plan import Plan
 
 _CHUNK = 1 << 20  # list entries computed at once, to bound the memory of a build
 
+# A stride that no sequence reaches: of the shard only key block 0 is left, which is a sink.
+NO_SHARD = 1 << 30
+
 
 @dataclass(frozen=True)
 class S2Config:

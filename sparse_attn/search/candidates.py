@@ -18,13 +18,10 @@ from sparse_attn.methods import METHODS
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.base import Method
 from sparse_attn.methods.blasst import BlasstConfig
-from sparse_attn.methods.s2 import S2Config
+from sparse_attn.methods.s2 import NO_SHARD, S2Config
 from sparse_attn.methods.sparsed_layout import SparseDConfig
 from sparse_attn.methods.vdit import VDiTConfig
 from sparse_attn.recipe_check import DenseConfig, decode_config, encode_config, methods
-
-# A stride that no sequence reaches: of S2's shard only key block 0 is left, which is a sink.
-NO_SHARD = 1 << 30
 
 
 @dataclass(frozen=True)

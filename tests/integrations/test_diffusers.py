@@ -264,10 +264,9 @@ def test_pipeline_with_a_callback_and_guidance():
     assert torch.equal(run(), dense)
 
 
+@pytest.mark.parametrize("name", [x for x in MODELS if not x.startswith("wan")])
 def test_pipelines_with_text_among_the_tokens(name):
     """HunyuanVideo with a masked prompt, and CogVideoX with both prompts of the guidance in one batch."""
-    if name == "wan":
-        pytest.skip("has a test of its own")
     pipe, given = pipeline(name)
     pipe.set_progress_bar_config(disable=True)
     model, seen = pipe.transformer, []
