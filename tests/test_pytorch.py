@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import cProfile
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn as sa
 from sparse_attn import Plan, SparseLayout, attend, sparse_attention, use_engine
-from sparse_attn.engines import ENGINES, AttendCall, choose
+from sparse_attn.engines import ENGINES, AttendCall, choose, hopper
 from sparse_attn.engines.reference import ReferenceEngine
 from sparse_attn.ops import attend_fwd, flatten
 from sparse_attn.testing import assert_close, make_inputs, masked_attention, random_layout
@@ -155,6 +156,22 @@ def test_compile_with_dynamic_lengths():
     for L, S in ((40, 56), (41, 71)):
         q, k, v, _ = small(L=L, S=S)
         assert torch.equal(compiled(q, k, v), run(q, k, v))
+
+
+@pytest.mark.plain_empty
+def test_compile_does_not_trace_the_search_for_a_library(monkeypatch, recwarn):
+    """Every engine asks whether it is on while a graph is traced: the answer is a constant, not a search of
+    folders. Here the Hopper engine believes that it sees its card."""
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
+    monkeypatch.setattr(hopper, "torch", SimpleNamespace(cuda=cuda, compiler=torch.compiler))
+    q, k, v, layout = small(device="cpu")
+    layout = layout.to("cpu")
+
+    def run(q, k, v):
+        return sparse_attention(q, k, v, layout, is_causal=True, enable_gqa=True)
+
+    assert torch.equal(fresh_compile(run, backend="eager")(q, k, v), run(q, k, v))
+    assert not [w for w in recwarn if "Dynamo" in str(w.message)]
 
 
 class OneAttention(torch.nn.Module):

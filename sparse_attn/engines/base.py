@@ -99,6 +99,18 @@ class Engine(Protocol):
         ...
 
 
+def load_library(kind: str) -> str | None:
+    """Load the compiled library "cpu" or "cuda". None if it is loaded now, else why not, with the remedy."""
+    from sparse_attn import library  # late: `python -m sparse_attn.build` must not import itself twice
+
+    return library.load(kind)
+
+
+# torch.compile must not trace the search for a file. This is what torch.compiler.assume_constant_result sets;
+# calling that would import Dynamo with this module.
+load_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def new_out(q: Tensor, value_dim: int) -> Tensor:
     """Uninitialised output [B, Hq, L, Dv] in q's dimension order: a (B, L, H, D) tensor seen through
     `transpose(1, 2)` gives an output of the same memory order, so that transposing back is free."""

@@ -5,21 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn.engines.base import AttendCall, new_out
+from sparse_attn.engines.base import AttendCall, load_library, new_out
 from sparse_attn.schedule import Schedule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _load() -> str | None:
-    from sparse_attn import library  # late: `python -m sparse_attn.build` must not import itself twice
-
-    return library.load("cpu")
-
-
-# torch.compile must not trace the search for a file. This is what torch.compiler.assume_constant_result sets;
-# calling that would import Dynamo with this module.
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class CpuEngine:
@@ -32,7 +21,7 @@ class CpuEngine:
     name = "cpu"
 
     def why_off(self) -> list[str]:
-        reason = _load()
+        reason = load_library("cpu")
         return [] if reason is None else [reason]
 
     def why_not(self, call: AttendCall) -> list[str]:

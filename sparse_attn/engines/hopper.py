@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_attn import library
-from sparse_attn.engines.base import AttendCall, listed_tiles, new_out
+from sparse_attn.engines.base import AttendCall, listed_tiles, load_library, new_out
 from sparse_attn.schedule import Schedule, merged_pairs, row_order
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -30,7 +29,7 @@ class HopperEngine:
             return [
                 f"it is for compute capability 9.0 (H100, H200, GH200), not {capability[0]}.{capability[1]}."
             ]
-        reason = library.load("cuda")
+        reason = load_library("cuda")
         return [] if reason is None else [reason]
 
     def why_not(self, call: AttendCall) -> list[str]:
