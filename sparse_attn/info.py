@@ -91,6 +91,8 @@ def collect() -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        return torch.__version__  # it names the build (+cu130, +cpu), which the package's version may not
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -9,7 +9,6 @@ Letters: N sequences, T query and Tk key tokens of all sequences together, L and
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,9 +242,7 @@ class _Each:
         self.method = _method(self.op, self.method, self.layout)
         self.config = _config(self.op, self.method, self.config, self.method_config)
         if self.is_causal is None:
-            own = None if self.method is None else inspect.signature(self.method.op)
-            flag = None if own is None else own.parameters.get("is_causal")
-            self.is_causal = flag is not None and flag.default is True
+            self.is_causal = self.method is not None and self.method.causal_default
         self._check_context()
 
     def _check_context(self) -> None:
@@ -356,11 +353,10 @@ def _config(op: str, method: Method | None, config: Any, options: dict[str, Any]
             raise ValueError(f"{op}: {', '.join(given)} given without a method; pass method= as well.")
         return None
     if config is None:
-        known = list(inspect.signature(method.config).parameters)
-        unknown = [name for name in options if name not in known]
+        unknown = [name for name in options if name not in method.options]
         if unknown:
             raise ValueError(
-                f"{op}: {method.name} has no option {', '.join(unknown)}; it has {', '.join(known)}."
+                f"{op}: {method.name} has no option {', '.join(unknown)}; it has {', '.join(method.options)}."
             )
         return method.config(**options)
     if options:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,8 @@ class Method:
         causal: whether the method is made for causal attention.
         causal_only: it refuses any other.
         finish: optional (out, value, config) -> out, run after attention.
+        options: names of the config's arguments. causal_default: whether `op` is causal unasked. Both are
+            read off here, once, since a compiled graph cannot ask for signatures.
     """
 
     name: str
@@ -55,6 +58,13 @@ class Method:
     causal: bool
     finish: Callable[..., Tensor] | None = None
     causal_only: bool = False
+    options: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    causal_default: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        flag = inspect.signature(self.op).parameters.get("is_causal")
+        object.__setattr__(self, "options", tuple(inspect.signature(self.config).parameters))
+        object.__setattr__(self, "causal_default", flag is not None and flag.default is True)
 
 
 def run(
