@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from sparse_attn.demo.candidates import Candidate, candidates
 from sparse_attn.demo.heads import HeadPicker, Picture
 from sparse_attn.demo.measure import Row, decoder_layers, measure_model
-from sparse_attn.demo.model import LoadedModel, MissingAssetError, load_model
+from sparse_attn.demo.model import LoadedModel, MissingAssetError, default_device, load_model
 from sparse_attn.demo.report import render_html
 from sparse_attn.demo.structured import LAYERS, measure_structured
 from sparse_attn.demo.table import print_report
@@ -82,8 +82,8 @@ def run_demo(
     """
     started = time.perf_counter()
     chosen = candidates(methods)
-    tokens = _token_count(tokens, engine, messages)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device(engine)
+    tokens = _token_count(tokens, engine, device, messages)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     output.mkdir(parents=True, exist_ok=True)
     causal = [c for c in chosen if c.is_causal]
@@ -114,14 +114,14 @@ def run_demo(
     return report
 
 
-def _token_count(tokens: int | None, engine: str | None, messages: Console) -> int:
+def _token_count(tokens: int | None, engine: str | None, device: torch.device, messages: Console) -> int:
     if tokens is not None:
         if tokens < SHORTEST:
             raise ValueError(f"demo: --tokens is {tokens}; it must be at least {SHORTEST}.")
         return tokens
     forced = engine or os.environ.get("SPARSE_ATTN_ENGINE")
     reasons = ENGINES["cpu"].why_off()
-    if torch.cuda.is_available() or not (reasons or forced == "reference"):
+    if device.type == "cuda" or not (reasons or forced == "reference"):
         return DEFAULT_TOKENS
     why = "" if forced else f" (cpu engine: {'; '.join(reasons)})"
     messages.print(

@@ -46,6 +46,12 @@ class LoadedModel:
     name: str
 
 
+def default_device(engine: str | None = None) -> torch.device:
+    """A GPU where there is one, unless the engine asked for (or SPARSE_ATTN_ENGINE) is that of CPUs."""
+    forced = engine or os.environ.get("SPARSE_ATTN_ENGINE")
+    return torch.device("cuda" if torch.cuda.is_available() and forced != "cpu" else "cpu")
+
+
 def load_model(directory: Path | None, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """Load from a transformers directory, or the demo's own model if None.
 

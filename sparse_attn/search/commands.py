@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sparse_attn.demo.model import LoadedModel, MissingAssetError, load_model
+from sparse_attn.demo.model import LoadedModel, MissingAssetError, default_device, load_model
 from sparse_attn.demo.text import read_text
 from sparse_attn.search.candidates import Shape, default_candidates, distinct, load_candidates
 from sparse_attn.search.cost import CostTable
@@ -62,6 +62,9 @@ def search_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
     ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the tokens drawn for the divergence.")] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Another text: report the perplexity on it.")] = None,
 ) -> None:
@@ -76,7 +79,7 @@ def search_command(
         rule: Budget | PaperRule = (
             PaperRule(penalty, epsilon) if _mode(mode) == "paper" else parse_budget(budget)
         )
-        loaded, language = _load(model, text, tokens, samples, checks)
+        loaded, language = _load(model, text, tokens, samples, checks, device)
         names = None if methods is None else [x.strip() for x in methods.split(",") if x.strip()]
         f = language.fingerprint
         shape = Shape(tokens, f.num_heads, f.num_kv_heads, f.head_dim)
@@ -137,29 +140,42 @@ def parse_budget(text: str) -> Budget:
 
 
 def _load(
-    model: str, text: Path | None, tokens: int, samples: int, checks: int
+    model: str, text: Path | None, tokens: int, samples: int, checks: int, device: str | None
 ) -> tuple[LoadedModel, LanguageModel]:
     if samples < 1 or checks < 0 or tokens < 2:
         raise ValueError("search: --samples and --tokens must be positive, --checks at least 0.")
-    loaded = load_language_model(model, tokens)
+    loaded = load_language_model(model, tokens, device)
     ids = text_samples(loaded, read_calibration_text(text), tokens, samples + checks).to(loaded.model.device)
     return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
 
 
-def load_language_model(model: str, tokens: int) -> LoadedModel:
-    """The named model in evaluation mode, on a GPU in bfloat16 where there is one.
+def load_language_model(model: str, tokens: int, device: str | None = None) -> LoadedModel:
+    """The named model in evaluation mode, in bfloat16 on a GPU, in float32 on a CPU.
+
+    Args:
+        device: "cpu" or "cuda"; default: a GPU where there is one.
 
     Raises:
         MissingAssetError: the demo's model is not installed.
-        ValueError: no model there, or it reads fewer tokens.
+        ValueError: no such device, no model there, or it reads fewer tokens.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaded = load_model(None if model == DEMO else Path(model), device=device, dtype=dtype)
+    place = _device(device)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    loaded = load_model(None if model == DEMO else Path(model), device=place, dtype=dtype)
     longest = getattr(loaded.model.config, "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise ValueError(f"search: {tokens} tokens were asked for; {loaded.name} reads at most {longest}.")
     return loaded
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return default_device()
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"search: --device is {name!r}; use cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("search: --device is cuda, and no GPU is visible to torch.")
+    return torch.device(name)
 
 
 def read_calibration_text(path: Path | None) -> str:

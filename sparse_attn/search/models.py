@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from sparse_attn.recipe_model import Fingerprint, hash_tensors
@@ -29,6 +30,7 @@ class Model(Protocol):
     num_samples: int
     phase: str
     length: int
+    device: torch.device  # where its attention runs
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
         """One pass over a calibration sample with `attention` in every layer, in their order."""
@@ -67,6 +69,7 @@ class LanguageModel:
         self.fingerprint = Fingerprint.of(model)
         self.calibration_hash = hash_tensors([ids] if check is None else [ids, check])
         self.num_samples, self.length = ids.shape
+        self.device: torch.device = model.device
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
         with torch.no_grad(), _attending(self.model, attention):
@@ -171,6 +174,7 @@ class CallableModel:
         length: tokens of a sequence.
         calibration_hash: of the inputs; see `hash_tensors`.
         phase: "prefill" or "denoising".
+        device: where its attention runs; default: that of the first tensor in `samples`, else the CPU.
     """
 
     def __init__(
@@ -182,10 +186,13 @@ class CallableModel:
         length: int,
         calibration_hash: str,
         phase: str = "prefill",
+        device: torch.device | str | None = None,
     ) -> None:
         self.function, self.samples = function, list(samples)
         self.fingerprint, self.calibration_hash = fingerprint, calibration_hash
         self.num_samples, self.phase, self.length = len(self.samples), phase, length
+        found = (x.device for x in tree_leaves(self.samples) if isinstance(x, Tensor))
+        self.device = next(found, torch.device("cpu")) if device is None else torch.device(device)
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
         with torch.no_grad(), intercept_sdpa(attention, self.fingerprint.num_layers):

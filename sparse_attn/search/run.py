@@ -74,7 +74,7 @@ class Search:
         model: see `models.Model`.
         work: folder for measurements.
         candidates: default: `default_candidates` for the model's shape. The first must be dense.
-        table: default: the one that ships for this device.
+        table: default: the one that ships for the model's device.
         num_queries: queries of a sample to measure (`query_runs`); default all.
         seed: of the tokens drawn for the divergence.
         resume: go on with an earlier search in `work`.
@@ -100,11 +100,7 @@ class Search:
         shape = Shape(self.model.length, f.num_heads, f.num_kv_heads, f.head_dim, self.is_causal, self.video)
         given = default_candidates(shape) if self.candidates is None else self.candidates
         self.options = distinct([*default_candidates(shape, []), *given])
-        self.table = (
-            shipped_table("cuda" if torch.cuda.is_available() else "cpu")
-            if self.table is None
-            else self.table
-        )
+        self.table = shipped_table(self.model.device.type) if self.table is None else self.table
         manifest = {
             "model": asdict(f),
             "calibration_hash": self.model.calibration_hash,

@@ -48,7 +48,10 @@ def invoke(*words: object):
 
 def options(directory, tmp_path):
     text = directory / "text.txt"
-    return ["--text", text, "--out", tmp_path / "r.json", "--tokens", 160, "--methods", "window,blasst"]
+    return [
+        "--text", text, "--out", tmp_path / "r.json", "--tokens", 160, "--methods", "window,blasst",
+        "--device", "cpu",
+    ]  # fmt: skip
 
 
 def test_search_writes_a_recipe_and_a_report(directory, tmp_path):
@@ -87,6 +90,7 @@ def test_a_dry_run_measures_nothing(directory, tmp_path):
         (["--tokens", "1000"], "reads at most 512"),
         (["--methods", "flash"], "unknown method 'flash'"),
         (["--samples", "9"], "pass a longer one"),
+        (["--device", "tpu"], "use cpu or cuda"),
         (["--cost-table", "missing.json"], "not a cost table"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",

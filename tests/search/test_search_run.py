@@ -244,6 +244,21 @@ def test_any_function_that_calls_sdpa_can_be_searched(tmp_path):
         search(model, Budget(perplexity=0.1), work=tmp_path / "w", is_causal=False, resume=True)
 
 
+def test_the_cost_table_is_that_of_the_models_device(tmp_path, monkeypatch):
+    """Not that of the machine: a model may lie on the CPU beside a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    run = Search(tiny_language_model(), tmp_path / "w")
+    assert run.table.device_type == "cpu"
+    fingerprint = Fingerprint("Toy", 1, 1, 1, 16, "sha256:" + "0" * 64)
+    how = {"length": 64, "calibration_hash": "sha256:" + "0" * 64}
+    on_meta = CallableModel(print, [{"x": [torch.empty(1, device="meta")]}], fingerprint, **how)
+    assert on_meta.device.type == "meta"
+    assert CallableModel(print, [7], fingerprint, **how, device="cuda:0").device.type == "cuda"
+    with pytest.raises(ValueError, match="no cost table ships for meta"):
+        Search(on_meta, tmp_path / "x", candidates=[])
+
+
 def test_the_summary_is_plain_json(tmp_path):
     run_search(tmp_path / "w")
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
