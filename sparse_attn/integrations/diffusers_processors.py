@@ -260,8 +260,9 @@ def _rotate_part(x: Tensor, rotary: Any, part: slice, dim: int) -> Tensor:
     """Rotary embedding of the video tokens; `dim` counts tokens."""
     from diffusers.models.embeddings import apply_rotary_emb
 
-    start, end, _ = part.indices(x.shape[dim])
-    before, video, after = x.split([start, end - start, x.shape[dim] - end], dim)
+    length = x.shape[dim]
+    start, end = part.start or 0, length if part.stop is None else part.stop
+    before, video, after = x.split([start, end - start, length - end], dim)
     rotated: Any = apply_rotary_emb(video, rotary, sequence_dim=dim)
     return torch.cat([before, rotated, after], dim)
 

@@ -21,6 +21,7 @@ transformers is imported when one of these functions is called, not before.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -152,13 +153,18 @@ def setting_for(module: nn.Module) -> Setting:
     """
     setting = getattr(module, ATTRIBUTE, None)
     if setting is None:
-        _read_config(module)
+        _read_config(id(module))
         setting = getattr(module, _LOADED)[1]
     return setting
 
 
-def _read_config(module: Any) -> None:
-    """Make the setting of a layer that was not patched, unless it was made before from the same request."""
+def _read_config(address: int) -> None:
+    """Make the setting of a layer that was not patched, unless it was made before from the same request.
+
+    Args:
+        address: `id` of the layer, which its caller holds: Dynamo hands no module to what it does not trace.
+    """
+    module: Any = ctypes.cast(address, ctypes.py_object).value
     config = getattr(module, "config", None)
     asked = _request_of(config)
     if asked is None:
@@ -281,10 +287,10 @@ def attention_mask(
         if padding is not None and not bool(padding.all()):
             return padding
         return None if length == kv_length else torch.ones(length, dtype=torch.bool, device=device)
+    seen = causal_mask_function if mask_function is None else mask_function  # torch 2.11 traces no `or` here
     return sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function or causal_mask_function,
-        attention_mask, local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
-        device=device, **kwargs,
+        batch_size, q_length, kv_length, q_offset, kv_offset, seen, attention_mask, local_size,
+        allow_is_causal_skip=False, allow_is_bidirectional_skip=False, device=device, **kwargs,
     )  # fmt: skip
 
 

@@ -33,7 +33,11 @@ FAMILIES = {
     "mistral-window": ("Mistral", {"sliding_window": 16}),
     "gemma": ("Gemma", {}),
     "phi3": ("Phi3", {}),
-    "gemma2-softcap": ("Gemma2", {"sliding_window": 16, "attn_logit_softcapping": 5.0}),
+    # Eager: transformers up to 5.17 took SDPA for it, which silently leaves the softcap out.
+    "gemma2-softcap": (
+        "Gemma2",
+        {"sliding_window": 16, "attn_logit_softcapping": 5.0, "attn_implementation": "eager"},
+    ),
     "gemma3-mixed": ("Gemma3Text", {"sliding_window": 16, "layer_types": MIXED}),
     "gpt-oss-sinks": ("GptOss", {"sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1}),
 }  # fmt: skip
