@@ -249,7 +249,7 @@ def bench_command(
         from sparse_attn.search.cost_measure import measure_table
 
         on = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        cost_table.write_text(measure_table(device=on, length=length or 4096, advance=_log).to_json())
+        cost_table.write_text(measure_table(device=on, length=length, advance=_log).to_json())
         return
     options = {"out": out, "engine": engine, "device": device, "length": length, "heads": heads, "only": only}
     status = show_file(show) if show else _finish(suite, **options, budget_s=budget_s, picture=picture)

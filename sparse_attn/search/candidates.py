@@ -33,6 +33,8 @@ class Shape:
         num_heads, num_kv_heads, head_dim: of a layer.
         is_causal: whether attention is causal.
         video: (frames, height, width, text tokens, whether the text comes first), or None.
+        device: "cuda" for blocks that the engines for GPUs are fast at: of 64 and 128, and a BLASST skip on
+            64x128; "cpu" for those of the CPU's.
     """
 
     length: int
@@ -41,6 +43,7 @@ class Shape:
     head_dim: int
     is_causal: bool = True
     video: tuple[int, int, int, int, bool] | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +143,15 @@ def load_candidates(path: str | Path) -> list[Candidate]:
 
 def windows(shape: Shape) -> list[Candidate]:
     """The nearest `window` keys and the first `sink` ones, as S2 without a shard."""
+    sizes = [(16, 32, 16), (16, 64, 16), (32, 96, 32), (32, 128, 32)]
+    if shape.device == "cuda":
+        sizes = [(64, 64, 64), (64, 128, 64)]
+    sizes += [
+        (64, 192, 64), (64, 256, 64), (64, 384, 64), (64, 512, 64), (64, 768, 64), (64, 1024, 64),
+        (64, 1536, 64), (128, 2048, 128),
+    ]  # fmt: skip
     found = []
-    for size, window, sink in (
-        (16, 32, 16), (16, 64, 16), (32, 96, 32), (32, 128, 32), (64, 192, 64), (64, 256, 64),
-        (64, 384, 64), (64, 512, 64), (64, 768, 64), (64, 1024, 64), (64, 1536, 64), (128, 2048, 128),
-    ):  # fmt: skip
+    for size, window, sink in sizes:
         if window <= shape.length // 2:
             config = S2Config(
                 block_size=size, local_blocks=window // size + 1, vert_stride=NO_SHARD,
@@ -158,15 +165,18 @@ def _anchor(shape: Shape) -> list[Candidate]:
     if not shape.is_causal:
         return []
     grid = [(4, theta) for theta in (3.0, 5.0, 7.0, 9.0)] + [(8, theta) for theta in (5.0, 9.0)]
+    size = 128 if shape.device == "cuda" else 64
     return [
-        Candidate(f"anchor {theta:g} step {step}", "anchor", AnchorConfig(theta, 64, step))
+        Candidate(f"anchor {theta:g} step {step}", "anchor", AnchorConfig(theta, size, step))
         for step, theta in grid
-        if step * 64 <= shape.length // 2
+        if step * size <= shape.length // 2
     ]
 
 
 def _blasst(shape: Shape) -> list[Candidate]:
     grid = [(128, 128, x) for x in (40.0, 400.0)] + [(32, 64, x) for x in (40.0, 120.0, 400.0, 1200.0)]
+    if shape.device == "cuda":
+        grid = [(64, 128, x) for x in (40.0, 120.0, 400.0, 1200.0)]
     return [
         Candidate(f"blasst {x:g} on {m}x{n}", "blasst", BlasstConfig(None, x, m, n))
         for m, n, x in grid

@@ -82,7 +82,7 @@ def search_command(
         loaded, language = _load(model, text, tokens, samples, checks, device)
         names = None if methods is None else [x.strip() for x in methods.split(",") if x.strip()]
         f = language.fingerprint
-        shape = Shape(tokens, f.num_heads, f.num_kv_heads, f.head_dim)
+        shape = Shape(tokens, f.num_heads, f.num_kv_heads, f.head_dim, device=language.device.type)
         own = [] if candidates is None else load_candidates(candidates)
         options = {
             "candidates": distinct([*default_candidates(shape, names), *own]),

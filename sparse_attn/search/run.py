@@ -97,7 +97,10 @@ class Search:
 
     def __post_init__(self) -> None:
         f = self.model.fingerprint
-        shape = Shape(self.model.length, f.num_heads, f.num_kv_heads, f.head_dim, self.is_causal, self.video)
+        shape = Shape(
+            self.model.length, f.num_heads, f.num_kv_heads, f.head_dim, self.is_causal, self.video,
+            self.model.device.type,
+        )  # fmt: skip
         given = default_candidates(shape) if self.candidates is None else self.candidates
         self.options = distinct([*default_candidates(shape, []), *given])
         self.table = shipped_table(self.model.device.type) if self.table is None else self.table

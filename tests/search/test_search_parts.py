@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
 from sparse_attn.attend import attend
+from sparse_attn.engines import ENGINES, AttendCall
 from sparse_attn.layout import SparseLayout
-from sparse_attn.methods import METHODS, Method
+from sparse_attn.methods import METHODS, Context, Method
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.blasst import BlasstConfig
 from sparse_attn.methods.s2 import S2Config
 from sparse_attn.plan import Plan
 from sparse_attn.recipe_check import DenseConfig
+from sparse_attn.search import cost_measure
 from sparse_attn.search.candidates import Candidate, Shape, default_candidates, distinct, load_candidates
 from sparse_attn.search.capture import ShardWriter, intercept_sdpa, query_runs, read_shards, sdpa
 from sparse_attn.search.cost import CostTable, SelectRow, TileRow, paper_loss, select_key, shipped_table
@@ -37,6 +40,22 @@ def make_call(length: int = 512, heads: int = 4, key_heads: int = 2, **changes) 
 
 
 # -- candidates ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_defaults_for_a_gpu_suit_the_hopper_engine(is_causal):
+    """Every candidate's tiles: nothing but the missing card speaks against it."""
+    shape = Shape(4096, 4, 2, 64, is_causal, (4, 32, 32, 0, False), device="cuda")
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, h, 4096, 64, dtype=torch.bfloat16) for h in (4, 2))
+    for c in default_candidates(shape):
+        context = Context(prompt_len=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plan = c.info.select(q, k, c.config, is_causal=is_causal, scale=0.125, context=context)
+        call = AttendCall(q, k, k, plan.layout, plan.skip_below, is_causal, 0.125)
+        reasons = ENGINES["hopper"].why_not(call)[len(ENGINES["hopper"].why_off()) :]
+        assert reasons == ["it runs on CUDA tensors, and these are on cpu."], c.label
 
 
 def test_defaults_start_dense_and_hold_every_causal_method():
@@ -275,15 +294,24 @@ def test_tables_survive_their_file(tmp_path):
         CostTable.load(path)
 
 
-def test_a_measured_table_has_every_kernel(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_measured_table_has_every_kernel(tmp_path, monkeypatch, device):
+    """With the tiles of either kind of device, which the CPU's engine runs as well."""
+    monkeypatch.setitem(cost_measure.WAYS, "cpu", replace(cost_measure.WAYS[device], heads=4, key_heads=2))
     threads = torch.get_num_threads()
-    made = measure_table(length=512, head_dims=(16,), dtypes=(torch.float32,), rounds=1)
+    made = measure_table(length=1024, head_dims=(16,), dtypes=(torch.float32,), rounds=1)
     assert torch.get_num_threads() == threads and made.threads == 1
     assert {r.kernel for r in made.tiles} == {"blocks", "skipped", "columns"}
     assert all(r.us >= 0 and 0 < r.density <= 1 for r in made.tiles) and made.call_us > 0
     assert {r.key.split()[0] for r in made.select} == {"anchor", "sparsed"}
     (tmp_path / "t.json").write_text(made.to_json())
     assert CostTable.load(tmp_path / "t.json").to_json() == made.to_json()
+
+
+def test_no_cost_table_of_a_device_that_is_not_there():
+    for device in ("tpu", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ValueError, match=f"device is '{device}'; use cpu, or cuda where"):
+            measure_table(device=device)
 
 
 def test_the_shipped_table_covers_the_default_candidates():
