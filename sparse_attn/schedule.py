@@ -32,7 +32,8 @@ class MergedRows:
         offsets: int64 [merged rows + 1].
         indices: int32 [capacity]: number << merge | bits; bit x is set where the x-th of the merged
             rows holds the number. Ascending within a row.
-        bounds: int32 [merged rows, 2], as `block_bounds` or `transposed_bounds`.
+        bounds: int32 [merged rows, 2], as `block_bounds` or `transposed_bounds`. (`paired_rounds` says what
+            differs there.)
     """
 
     offsets: Tensor
@@ -154,11 +155,9 @@ def _limits(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> tu
 
 
 def merged_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRows:
-    """Pairs of query blocks as one row each, for an engine whose unmasked entries are read by both. Cached.
+    """Pairs of query blocks as one row each, in the ascending order that a skip rule needs. Cached.
 
-    `bounds[:, 0]` counts leading entries that both rows list and see whole. Where key blocks are packed (64
-    keys) such entries come first, so that a row has one run of them; else the order stays ascending, which a
-    skip rule needs.
+    `bounds[:, 0]` counts leading entries that both rows list and see whole.
     """
     return layout._cached(("pairs", causal), lambda: _merge_pairs(layout, causal, order))
 
@@ -168,23 +167,87 @@ def _merge_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRow
     whole, _ = _limits(layout, causal, order, 2)
     lists = IndexList(rows.offsets, rows.indices)
     row = lists.row_of_entry()  # lists.rows where an entry is unused
-    number, is_used = rows.indices.long() >> 2, row < lists.rows
     whole = torch.cat([whole.flatten(), whole.new_zeros(1)])
-    is_masked = (rows.indices & 3 != 3) | (number >= whole[row]) | ~is_used
-    indices = rows.indices
-    if layout.block_n < 128:
-        key = (row * 2 + is_masked) * layout.num_key_blocks + number
-        indices = indices[torch.sort(key).indices]
-        counted = ~is_masked
-    else:
-        place = torch.arange(lists.capacity, device=row.device)
-        first = torch.full((lists.rows + 1,), lists.capacity, device=row.device)
-        first.scatter_reduce_(0, row, torch.where(is_masked, place, lists.capacity), "amin")
-        counted = is_used & (place < first[row])
-    unmasked = torch.zeros(lists.rows + 1, dtype=torch.int64, device=row.device)
-    unmasked.scatter_add_(0, row, counted.long())
+    is_masked = (rows.indices & 3 != 3) | (rows.indices.long() >> 2 >= whole[row]) | (row == lists.rows)
+    place = torch.arange(lists.capacity, device=row.device)
+    first = torch.full((lists.rows + 1,), lists.capacity, device=row.device)
+    first.scatter_reduce_(0, row, torch.where(is_masked, place, lists.capacity), "amin")
+    unmasked = (first[:-1].minimum(rows.offsets[1:]) - rows.offsets[:-1]).int()
     visible = rows.bounds[:, 1]
-    return MergedRows(rows.offsets, indices, torch.stack([unmasked[:-1].int().minimum(visible), visible], -1))
+    return MergedRows(rows.offsets, rows.indices, torch.stack([unmasked.minimum(visible), visible], -1))
+
+
+def paired_rounds(layout: SparseLayout, causal: bool, order: Tensor, stage: int) -> MergedRows:
+    """Pairs of query blocks for an engine with two teams, one for each block, that share its keys. Cached.
+
+    The keys come in stages of `stage` key blocks. First those that both query blocks list and see whole, as
+    far as they fill stages: both teams read them. Then rounds of two stages, one for each team with what only
+    its query block lists or sees in part; an entry of both is in both. In the first rounds both teams see all
+    keys of their stage.
+
+    Returns:
+        offsets int64 [rows + 1]; indices int32 [capacity], key blocks in stage order, `num_key_blocks` where
+        a slot is empty; bounds int32 [rows, 3]: stages for both, rounds without a mask, rounds with one.
+    """
+    return layout._cached(("rounds", causal, stage), lambda: _pair_rounds(layout, causal, order, stage))
+
+
+def _pair_rounds(layout: SparseLayout, causal: bool, order: Tensor, stage: int) -> MergedRows:
+    lists, bounds, width = layout.blocks, layout.block_bounds(causal).long(), layout.num_key_blocks
+    groups, n = order.shape
+    rows = groups * ceil(n / 2)
+    device = order.device
+    place = torch.empty_like(order)
+    place.scatter_(1, order.long(), torch.arange(n, dtype=torch.int32, device=device).expand(groups, n))
+    place = torch.cat([place.flatten(), place.new_zeros(1)]).long()
+    bounds = torch.cat([bounds, bounds.new_zeros(1, 2)])  # of unused entries
+    start = torch.cat([lists.offsets[:-1], lists.offsets.new_zeros(1)])
+
+    # Entries by pair, key block and side. An unused or unseen one is put behind all others.
+    row = lists.row_of_entry()
+    nth = torch.arange(lists.capacity, device=device) - start[row]
+    is_used = nth < bounds[row, 1]
+    is_masked = nth >= bounds[row, 0]
+    side = place[row] % 2
+    pair = torch.div(row, n, rounding_mode="floor") * ceil(n / 2) + place[row] // 2
+    pair = torch.where(is_used, pair, rows)
+    key = ((pair * width + lists.indices) * 2 + side) * 2 + is_masked
+    key = torch.where(is_used, key, rows * width * 4).sort().values
+    pair, number = torch.div(key, 4 * width, rounding_mode="floor"), (key >> 2) % width
+    side, is_masked = key >> 1 & 1, (key & 1).bool()
+
+    # An entry and the next that are one key block, seen whole by both: shared, as far as stages are filled.
+    twin = (key[1:] >> 2 == key[:-1] >> 2) & ~is_masked[1:] & ~is_masked[:-1] & (pair[1:] < rows)
+    no = twin.new_zeros(1)
+    is_first, is_second = torch.cat([twin, no]), torch.cat([no, twin])
+    shared = pair.new_zeros(rows + 1).scatter_add_(0, pair, is_first.long())
+    count = torch.cumsum(is_first, 0)  # up to and including each entry
+    rank = count - 1 - (torch.cumsum(shared, 0) - shared)[pair]
+    full = torch.div(shared, stage, rounding_mode="floor") * stage
+    is_shared = (is_first | is_second) & (rank < full[pair])
+
+    # The others of a side in order, first those that it sees whole.
+    alone = torch.where(is_shared, rows, pair) * 4 + side * 2 + is_masked
+    counts = alone.new_zeros((rows + 1) * 4).scatter_add_(0, alone, torch.ones_like(alone))
+    by_side = torch.argsort(alone, stable=True)
+    before = (torch.cumsum(counts, 0) - counts).view(-1, 2, 2)[..., 0]
+    alone_rank = torch.empty_like(pair)
+    alone_rank[by_side] = torch.arange(lists.capacity, device=device) - before.flatten()[alone[by_side] >> 1]
+    counts = counts.view(-1, 2, 2)
+    rounds = torch.div(counts[..., 0], stage, rounding_mode="floor").amin(-1)
+    all_rounds = torch.div(counts.sum(-1) + stage - 1, stage, rounding_mode="floor").amax(-1)
+
+    length = (full + 2 * stage * all_rounds)[:-1]
+    offsets = torch.cat([length.new_zeros(1), torch.cumsum(length, 0)])
+    in_round = (torch.div(alone_rank, stage, rounding_mode="floor") * 2 + side) * stage + alone_rank % stage
+    slot = offsets[pair] + torch.where(is_shared, rank, full[pair] + in_round)
+    # Room for what is stored at most: a list of rounds is twice as long as its longer side, and filled up.
+    capacity = 2 * lists.capacity + 4 * stage * rows
+    slot = torch.where((pair == rows) | (is_shared & is_second), capacity, slot)
+    indices = torch.full((capacity + 1,), width, dtype=torch.int32, device=device)
+    indices.scatter_(0, slot, number.to(torch.int32))
+    bounds = torch.stack([torch.div(full, stage, rounding_mode="floor"), rounds, all_rounds - rounds], -1)
+    return MergedRows(offsets, indices[:capacity], bounds[:-1].to(torch.int32).contiguous())
 
 
 def _merge_keys(layout: SparseLayout, causal: bool, order: Tensor, group: int, merge: int) -> MergedRows:

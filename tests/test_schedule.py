@@ -1,4 +1,4 @@
-"""Rows of 64 queries walked in pairs (`schedule.merged_pairs`), which only an H100 executes."""
+"""Rows of 64 queries in pairs (`schedule.merged_pairs`, `schedule.paired_rounds`), which an H100 executes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import pytest
 import torch
 
 from sparse_attn.layout import SparseLayout
-from sparse_attn.schedule import merged_pairs, row_order
+from sparse_attn.schedule import merged_pairs, paired_rounds, row_order
 
 HEADS = 3
+SHAPES = pytest.mark.parametrize(("L", "S"), [(700, 700), (450, 900), (300, 130)], ids=str)
+CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+BLOCK_N = pytest.mark.parametrize("block_n", [64, 128])
 
 
-@pytest.mark.parametrize(("L", "S"), [(700, 700), (450, 900), (300, 130)], ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("block_n", [64, 128])
-def test_pairs_hold_both_rows_and_know_what_needs_no_mask(block_n, causal, L, S):
+def layout_of(block_n: int, L: int, S: int, density: float = 0.6) -> SparseLayout:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(1, HEADS, -(-L // 64), -(-S // block_n), generator=generator) < 0.6
-    layout = SparseLayout.from_dense_mask(mask, block_m=64, block_n=block_n, L=L, S=S)
-    order = row_order(layout, causal)
+    mask = torch.rand(1, HEADS, -(-L // 64), -(-S // block_n), generator=generator) < density
+    return SparseLayout.from_dense_mask(mask, block_m=64, block_n=block_n, L=L, S=S)
+
+
+@SHAPES
+@CAUSAL
+@BLOCK_N
+def test_pairs_hold_both_rows_and_know_what_needs_no_mask(block_n, causal, L, S):
+    layout = layout_of(block_n, L, S)
+    order, mask = row_order(layout, causal), layout.block_mask()
     rows = merged_pairs(layout, causal, order)
     pairs = -(-layout.num_query_blocks // 2)
     some_unmasked = 0
@@ -32,23 +39,59 @@ def test_pairs_hold_both_rows_and_know_what_needs_no_mask(block_n, causal, L, S)
             wanted = mask[0, head, members[bit]].nonzero().flatten().tolist() if bit < len(members) else []
             assert listed == set(wanted)
         assert len({x >> 2 for x in words}) == len(words)
-        needs_no_mask = [_is_whole(x, members, block_n, causal, L, S) for x in words]
+        needs_no_mask = [
+            x & 3 == 3 and all(_is_whole(x >> 2, m, block_n, causal, L, S) for m in members) for x in words
+        ]
         assert all(needs_no_mask[:unmasked]) and 0 <= unmasked <= visible <= len(words)
-        assert not any(_is_seen(x, members, block_n, causal, L, S) for x in words[visible:])
-        if block_n == 64:  # all of them come first
-            assert not any(needs_no_mask[unmasked:])
-        else:  # in list order, which a skip rule needs
-            assert words == sorted(words)
-            assert unmasked == len(words) or not needs_no_mask[unmasked]
+        assert not any(_is_seen(x >> 2, m, block_n, causal, L, S) for x in words[visible:] for m in members)
+        assert words == sorted(words)  # which a skip rule needs
+        assert unmasked == len(words) or not needs_no_mask[unmasked]
         some_unmasked += unmasked
     assert some_unmasked > 0 or S < 256
 
 
-def _is_whole(word: int, members: list[int], block_n: int, causal: bool, L: int, S: int) -> bool:
-    end = ((word >> 2) + 1) * block_n
-    return word & 3 == 3 and end <= S and (not causal or all(end - 1 <= x * 64 + S - L for x in members))
+@SHAPES
+@CAUSAL
+@BLOCK_N
+@pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+def test_rounds_give_each_row_its_list_and_mask_only_the_last(density, block_n, causal, L, S):
+    layout, stage = layout_of(block_n, L, S, density), 128 // block_n
+    order, mask, end = row_order(layout, causal), layout.block_mask(), layout.num_key_blocks
+    rows = paired_rounds(layout, causal, order, stage)
+    pairs = -(-layout.num_query_blocks // 2)
+    for row in range(HEADS * pairs):
+        head, place = divmod(row, pairs)
+        words = rows.indices[rows.offsets[row] : rows.offsets[row + 1]].tolist()
+        shared, unmasked, masked = rows.bounds[row].tolist()
+        assert len(words) == (shared + 2 * (unmasked + masked)) * stage
+        members = order[head, 2 * place : 2 * place + 2].tolist()
+        for team in range(2):
+            visited = words[: shared * stage]
+            for n in range(unmasked + masked):
+                first = (shared + 2 * n + team) * stage
+                visited += words[first : first + stage]
+            if team == len(members):
+                assert set(visited) <= {end}
+                continue
+            listed = mask[0, head, members[team]].nonzero().flatten().tolist()
+            seen = [x for x in listed if _is_seen(x, members[team], block_n, causal, L, S)]
+            assert sorted(x for x in visited if x < end) == seen
+            clear = visited[: (shared + unmasked) * stage]
+            assert all(x < end and _is_whole(x, members[team], block_n, causal, L, S) for x in clear)
 
 
-def _is_seen(word: int, members: list[int], block_n: int, causal: bool, L: int, S: int) -> bool:
-    first = (word >> 2) * block_n
-    return not causal or any(first <= min(x * 64 + 63, L - 1) + S - L for x in members)
+def test_rows_alike_share_all_but_their_edges():
+    layout = SparseLayout.full(1024, 1024, block_m=64, block_n=64)
+    order = row_order(layout, True)
+    shared, unmasked, masked = paired_rounds(layout, True, order, 2).bounds.unbind(-1)
+    lengths = torch.arange(16, 0, -2, dtype=torch.int32)  # key blocks that the longer of a pair sees
+    assert torch.equal(shared, (lengths - 2) // 2) and not unmasked.any() and bool((masked == 1).all())
+
+
+def _is_whole(block: int, member: int, block_n: int, causal: bool, L: int, S: int) -> bool:
+    end = (block + 1) * block_n
+    return end <= S and (not causal or end - 1 <= member * 64 + S - L)
+
+
+def _is_seen(block: int, member: int, block_n: int, causal: bool, L: int, S: int) -> bool:
+    return not causal or block * block_n <= min(member * 64 + 63, L - 1) + S - L

@@ -35,66 +35,46 @@ __device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const u
   wgmma_commit();
 }
 
-// Normalise and write one warpgroup's rows: 64 of them, through shared memory and the copy engine.
+// Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
 template <typename K>
-__device__ __forceinline__ void store_tile(const AttendFwdParams& p, const CUtensorMap* map_o, const Work& work,
-                                           float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state,
-                                           typename K::Element* shared_o, int group) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+__device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Work& work,
+                                             float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state, int group,
+                                             int tile) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(state.sum[r]);
-    inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
+    inverse[r] = sum == 0.f ? 0.f : reciprocal_fast(sum);
     const int query = work.first_query[0] + warp * 16 + lane / 4 + 8 * r;
     if (lane % 4 == 0 && query < p.L) {
       // From the shift as the exponentials had it, rounding and all.
       constexpr float kLn2 = 0.69314718f;
-      const float lse = sum == 0.f ? -INFINITY : fmaf(state.maximum[r] * p.scale_log2, kLn2, logf(sum));
+      const float lse = sum == 0.f ? -INFINITY : fmaf(state.maximum[r] * p.scale_log2, kLn2, log2_fast(sum) * kLn2);
       p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
     }
   }
-  if (thread == 0) tma_store_wait();
-  named_sync(kStoreBarrier + group, 128);
+  if (__any_sync(0xffffffff, inverse[0] == 0.f || inverse[1] == 0.f)) {
+    // Rows that attend nothing may hold anything, even NaN.
+#pragma unroll
+    for (int i = 0; i < K::HEAD_DIM / 2; ++i)
+      if (inverse[i / 2 % 2] == 0.f) o[i] = 0.f;
+  }
   const int row = warp * 16 + lane % 16;
-  const uint32_t at = smem_address(shared_o) + row * 128;
+  const uint32_t at = smem_address(shared.q[tile] + group * 64 * K::HEAD_DIM) + row * 128;
 #pragma unroll
   for (int j = 0; j < K::HEAD_DIM / 16; ++j) {
     const int piece = 2 * j + lane / 16;  // 16 bytes of the row
     uint32_t packed[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      // Rows that attend nothing may hold anything, even NaN.
-      const float low = inverse[c & 1] == 0.f ? 0.f : o[8 * j + 2 * c] * inverse[c & 1];
-      const float high = inverse[c & 1] == 0.f ? 0.f : o[8 * j + 2 * c + 1] * inverse[c & 1];
-      packed[c] = pack(low, high, typename K::Element());
-    }
+    for (int c = 0; c < 4; ++c)
+      packed[c] = pack(o[8 * j + 2 * c] * inverse[c & 1], o[8 * j + 2 * c + 1] * inverse[c & 1], typename K::Element());
     store_matrices(at + piece / 8 * 64 * 128 + ((piece % 8) ^ (row % 8)) * 16, packed[0], packed[1], packed[2],
                    packed[3]);
   }
   fence_async_proxy();
-  named_sync(kStoreBarrier + group, 128);
-  if (thread == 0) {
-#pragma unroll
-    for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
-      tma_store(map_o, shared_o + chunk * kChunk * 64, chunk * kChunk, work.first_query[0], work.head, work.batch);
-    tma_store_commit();
-  }
-}
-
-// An item whose list is empty: zeros, and -inf.
-template <typename K>
-__device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Work& work) {
-  constexpr int kPieces = K::HEAD_DIM / 8;
-  const int thread = threadIdx.x % 128;
-  auto* out = static_cast<typename K::Element*>(p.out) + work.batch * p.out_stride_b + work.head * p.out_stride_h;
-  for (int i = thread; i < 64 * kPieces; i += 128) {
-    const int query = work.first_query[0] + i / kPieces;
-    if (query < p.L)
-      *reinterpret_cast<uint4*>(out + query * p.out_stride_m + i % kPieces * 8) = make_uint4(0, 0, 0, 0);
-  }
-  const int query = work.first_query[0] + thread;
-  if (thread < 64 && query < p.L) p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = -INFINITY;
+  __syncwarp();
+  if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
 }
 
 // Whether all four warps of a warpgroup say yes, which only those hear that do: a warp that says no leaves a note and
@@ -113,7 +93,7 @@ __device__ __forceinline__ bool unanimous(unsigned& note, unsigned stage, bool m
 // One consumer warpgroup. Its life is one stream of stages over all its items: the product Q K of a stage is
 // issued before P V of the stage before it, even where that stage belongs to the item before.
 template <typename K>
-__device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensorMap* map_o, SharedStorage<K>& shared) {
+__device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<K>& shared) {
   using Element = typename K::Element;
   const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -124,38 +104,46 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
   SoftmaxState state = kNothing;
   Work work;
   float skip_below = 0.f;  // in units of the unscaled scores
-  unsigned step = 0;              // stages seen so far
-  unsigned turn = 0, loaded = 0;  // items seen so far, and those of them with stages
-  // P V not issued yet, and of which stage. Without SKIP there always is one after the first stage.
+  unsigned position = 0;  // stages before the next one, or the next round
+  Ring<K::kValueStages> values;  // where V of that stage is
+  unsigned turn = 0;      // items taken so far: the current one and those before it
+  // P V not issued yet: whether there is one, where V is, and whether its stage is this warpgroup's alone. Without SKIP
+  // there always is one after the first stage.
   int is_pending = 0;
-  unsigned pending = 0;
+  Ring<K::kValueStages> pending;
+  bool is_pending_alone = false;
   int has_output = 0;  // o holds something of this item
   bool k_ready = false, v_ready = false;  // of the next visit, seen already
 
   auto next_work = [&] {
-    for (;; ++turn) {
-      mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
-      const Work next = read_work(shared.work[turn & 1], group);
-      mbarrier_arrive(&shared.work_empty[turn & 1]);
-      if (next.is_last || next.count > 0) {
-        ++turn;
-        return next;
-      }
-      store_nothing<K>(p, next);
-    }
+    mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
+    const Work next = read_work(shared.work[turn & 1], group);
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(&shared.work_empty[turn & 1]);
+    ++turn;
+    return next;
+  };
+  // This warpgroup is done with a stage; alone with it, it speaks for the other as well.
+  auto release = [&](uint64_t* barrier, bool is_alone) {
+    if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : 1);
   };
 
-  // Stage i of `item`. kBoundary: it is the first of the next item, and the current one is stored.
+  // Visit i of `item`. is_alone: the next stages are a round, of which this warpgroup has one.
+  // kBoundary: it is the first of the next item, and the current one is stored.
   // kPending: P V of an earlier stage is issued beside Q K.
-  auto visit_one = [&](const Work& item, int i, auto masked, auto boundary, auto with_pending) {
+  auto visit_one = [&](const Work& item, int i, bool is_alone, auto masked, auto boundary, auto with_pending) {
     constexpr bool kMasked = decltype(masked)::value, kBoundary = decltype(boundary)::value;
     constexpr bool kPending = decltype(with_pending)::value;
-    const int slot = uniform(step % K::kStages), tile = uniform(loaded % kTiles), phase = (step / K::kStages) & 1;
-    const unsigned v_step = K::SKIP ? pending : step - 1;
-    const int v_slot = K::SKIP ? uniform(pending % K::kStages) : (slot + K::kStages - 1) % K::kStages;
+    const unsigned step = position + (K::ROUNDS && is_alone ? group : 0);
+    auto own = values;
+    if (K::ROUNDS && is_alone) own.advance(group);
+    position += K::ROUNDS && is_alone ? 2 : 1;
+    values.advance(K::ROUNDS && is_alone ? 2 : 1);
+    const int slot = uniform(step % K::kKeyStages), phase = (step / K::kKeyStages) & 1, tile = uniform((turn - 1) % kTiles);
+    const int v_slot = uniform(pending.slot());
     const int query = item.first_query[0] + row;
 
-    if (i == 0) mbarrier_wait(&shared.q_full[tile], (loaded / kTiles) & 1);
+    if (i == 0) mbarrier_wait(&shared.q_full[tile], ((turn - 1) / kTiles) & 1);
     if (kBoundary || !k_ready) mbarrier_wait(&shared.k_full[slot], phase);
     if constexpr (K::COLUMNS) fence_async_proxy();
     int words[K::kEntries];
@@ -167,7 +155,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
     named_sync(kTurnBarrier + group, kConsumers);
     multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[slot]);
     if constexpr (kPending) {
-      if (kBoundary || K::SKIP || !v_ready) mbarrier_wait(&shared.v_full[v_slot], (v_step / K::kStages) & 1);
+      if (kBoundary || K::SKIP || !v_ready) mbarrier_wait(&shared.v_full[v_slot], pending.phase());
       if constexpr (K::COLUMNS) fence_async_proxy();
       multiply_pv<K>(o, probabilities, shared.v[v_slot], has_output);
     }
@@ -178,12 +166,12 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
     if constexpr (kMasked) {
       if (K::COLUMNS && i - item.unmasked < item.masked_columns) {
         mask_columns(s, p, shared.columns[K::COLUMNS ? slot : 0], query, lane);
-        named_sync(kStoreBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
+        named_sync(kGatherBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
       } else {
         mask_blocks<K>(s, p, words, query, group, lane);
       }
     }
-    if (elected) mbarrier_arrive(&shared.k_empty[slot]);
+    release(&shared.k_empty[slot], is_alone);
 
     SoftmaxState fresh = state;
     if constexpr (kBoundary) fresh = kNothing;
@@ -203,7 +191,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
         if (is_kept) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
         wgmma_wait<0>();
         pin(o);
-        if (elected) mbarrier_arrive(&shared.v_empty[v_slot]);
+        release(&shared.v_empty[v_slot], is_pending_alone);
         has_output = 1;
       }
     };
@@ -217,16 +205,18 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
       finish_product();
     }
     // Asked now, the answers are there when the next visit starts.
-    k_ready = mbarrier_test(&shared.k_full[(step + 1) % K::kStages], ((step + 1) / K::kStages) & 1);
-    v_ready = mbarrier_test(&shared.v_full[slot], phase);
+    const unsigned next = position + (K::ROUNDS && i + 1 >= item.unmasked ? group : 0);
+    k_ready = mbarrier_test(&shared.k_full[next % K::kKeyStages], (next / K::kKeyStages) & 1);
+    v_ready = mbarrier_test(&shared.v_full[own.slot()], own.phase());
     if constexpr (kBoundary) {
-      if (step > 0) store_tile<K>(p, map_o, work, o, state, shared.o + group * 64 * K::HEAD_DIM, group);
+      if (turn > 1) leave_output<K>(p, shared, work, o, state, group, turn % kTiles);
       has_output = 0;
     }
     state = fresh;
     if (is_kept) {
       if ((kPending || K::SKIP) && !kBoundary && moves) rescale_output<K::HEAD_DIM>(o, rescale);
-      pending = step;
+      pending = own;
+      is_pending_alone = is_alone;
       if constexpr (K::SKIP) {
         if (p.kept != nullptr && elected && item.first_query[0] < p.L) {
           const int64_t block_row = (int64_t(item.batch) * p.q_heads + item.head) * p.num_query_blocks +
@@ -234,16 +224,15 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
           p.kept[block_row * p.num_key_blocks + (words[0] >> 2)] = 1;
         }
       }
-    } else if (elected) {  // V comes all the same
-      mbarrier_wait(&shared.v_full[slot], phase);
-      mbarrier_arrive(&shared.v_empty[slot]);
+    } else {  // V comes all the same
+      if (elected) mbarrier_wait(&shared.v_full[own.slot()], own.phase());
+      release(&shared.v_empty[own.slot()], is_alone);
     }
     is_pending = is_kept;
-    ++step;
   };
-  auto visit = [&](const Work& item, int i, auto masked, auto boundary) {
-    if (!K::SKIP || uniform(is_pending)) visit_one(item, i, masked, boundary, True{});
-    else visit_one(item, i, masked, boundary, False{});
+  auto visit = [&](const Work& item, int i, bool is_alone, auto masked, auto boundary) {
+    if (!K::SKIP || uniform(is_pending)) visit_one(item, i, is_alone, masked, boundary, True{});
+    else visit_one(item, i, is_alone, masked, boundary, False{});
   };
   auto read_limit = [&](const Work& item) {
     if constexpr (K::SKIP) skip_below = p.skip_below[item.batch * p.q_heads + item.head] / p.scale;
@@ -254,33 +243,35 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, const CUtensor
   work = next_work();
   if (work.is_last) return;
   read_limit(work);
-  if (work.unmasked > 0) visit_one(work, 0, False{}, True{}, False{});
-  else visit_one(work, 0, True{}, True{}, False{});
+  if (work.unmasked + work.rounds > 0) visit_one(work, 0, work.unmasked == 0, False{}, True{}, False{});
+  else visit_one(work, 0, true, True{}, True{}, False{});
   while (true) {
+    const int unmasked = work.unmasked + work.rounds;
+    const int visits = K::ROUNDS ? unmasked + work.masked_rounds : work.count;
     int i = 1;
-#pragma unroll K::COLUMNS || K::HALVES ? 1 : 2
-    for (; i < work.unmasked; ++i) visit(work, i, False{}, False{});
+#pragma unroll K::COLUMNS || K::SKIP ? 1 : 2
+    for (; i < work.unmasked; ++i) visit(work, i, false, False{}, False{});
+    if constexpr (K::ROUNDS) {
 #pragma unroll 1
-    for (; i < work.count; ++i) visit(work, i, True{}, False{});
-    if (elected) mbarrier_arrive(&shared.q_empty[loaded % kTiles]);
-    ++loaded;
+      for (; i < unmasked; ++i) visit(work, i, true, False{}, False{});
+    }
+#pragma unroll 1
+    for (; i < visits; ++i) visit(work, i, true, True{}, False{});
     const Work next = next_work();
     if (next.is_last) break;
     read_limit(next);
-    if (next.unmasked > 0) visit(next, 0, False{}, True{});
-    else visit(next, 0, True{}, True{});
+    if (next.unmasked + next.rounds > 0) visit(next, 0, next.unmasked == 0, False{}, True{});
+    else visit(next, 0, true, True{}, True{});
     work = next;
   }
   if (!K::SKIP || uniform(is_pending)) {
-    const unsigned v_step = K::SKIP ? pending : step - 1;
-    mbarrier_wait(&shared.v_full[v_step % K::kStages], (v_step / K::kStages) & 1);
+    mbarrier_wait(&shared.v_full[pending.slot()], pending.phase());
     if constexpr (K::COLUMNS) fence_async_proxy();
-    multiply_pv<K>(o, probabilities, shared.v[v_step % K::kStages], has_output);
+    multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);
     wgmma_wait<0>();
     pin(o);
   }
-  store_tile<K>(p, map_o, work, o, state, shared.o + group * 64 * K::HEAD_DIM, group);
-  if (elected) tma_store_wait();
+  leave_output<K>(p, shared, work, o, state, group, turn % kTiles);  // `turn` counts the end, too
 }
 
 template <typename K>
@@ -289,21 +280,25 @@ __global__ void __launch_bounds__(kThreads, 1)
                       const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                       const __grid_constant__ CUtensorMap map_o) {
   extern __shared__ char raw[];
-  auto& shared = *reinterpret_cast<SharedStorage<K>*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
+  // Aligned by an offset, so that the compiler still knows it for shared memory.
+  auto& shared = *reinterpret_cast<SharedStorage<K>*>(raw + (-smem_address(raw) & 1023));
   if (threadIdx.x == 0) {
     for (int s = 0; s < kTiles; ++s) {
       mbarrier_init(&shared.q_full[s], 1);
-      mbarrier_init(&shared.q_empty[s], 2);
+      mbarrier_init(&shared.o_full[s], kConsumers / 32);
+      mbarrier_init(&shared.q_empty[s], 1);
     }
-    for (int s = 0; s < K::kStages; ++s) {
+    for (int s = 0; s < K::kKeyStages; ++s) {
       mbarrier_init(&shared.k_full[s], K::kArrivals);
       mbarrier_init(&shared.k_empty[s], 2);
+    }
+    for (int s = 0; s < K::kValueStages; ++s) {
       mbarrier_init(&shared.v_full[s], K::kArrivals);
       mbarrier_init(&shared.v_empty[s], 2);
     }
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(&shared.work_full[s], 1);
-      mbarrier_init(&shared.work_empty[s], kConsumers);
+      mbarrier_init(&shared.work_empty[s], kConsumers / 32 + (K::COLUMNS ? 0 : 2));
     }
     for (int i = 0; i < 8; ++i) shared.keeps[i / 4][i % 4] = 0;
     mbarrier_init_fence();
@@ -314,11 +309,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<producer_registers(K::HALVES, K::COLUMNS)>();
-    if (threadIdx.x < K::kProducers) produce<K>(p, &map_q, &map_k, &map_v, shared);
+    give_registers<producer_registers(K::COLUMNS)>();
+    if (threadIdx.x < K::kProducers) produce<K>(p, &map_q, &map_k, &map_v, &map_o, shared);
+    else if (threadIdx.x < 64) schedule<K>(p, &map_q, shared);
+    else if (threadIdx.x < 96) store<K>(&map_o, shared);
   } else {
-    keep_registers<consumer_registers(K::HALVES, K::COLUMNS)>();
-    consume<K>(p, &map_o, shared);
+    keep_registers<consumer_registers(K::COLUMNS)>();
+    consume<K>(p, shared);
   }
 }
 

@@ -10,13 +10,15 @@ constexpr int kConsumers = 256;
 constexpr int kChunk = 64;     // 16-bit elements of a 128-byte swizzled row
 constexpr int kTiles = 2;      // Q tiles in flight: the next item's first product starts before this one's last
 
-// K and V tiles in flight, each. At head size 128 two fill what Q and O leave of shared memory.
-constexpr int stages_of(int head_dim) { return head_dim <= 64 ? 4 : 2; }
+// K and V tiles in flight. At head size 128 shared memory holds five. Where each warpgroup has its own, V has three, since
+// it waits longest: 583 TFLOPS, with two 553 (64 x 64 lists, density 0.25). Else the third only costs (750 of 765, causal).
+constexpr int key_stages(int head_dim) { return head_dim <= 64 ? 4 : 2; }
+constexpr int value_stages(int head_dim, bool rounds) { return head_dim <= 64 ? 4 : rounds ? 3 : 2; }
 
-// Registers of a producer's thread; the consumers get the rest. The least without spills: two query blocks of an item
-// take a few more, and the addresses of gathered keys many. At most 168 x 384 in all.
-constexpr int producer_registers(bool halves, bool gathers) { return gathers ? 72 : halves ? 56 : 40; }
-constexpr int consumer_registers(bool halves, bool gathers) { return 252 - producer_registers(halves, gathers) / 2; }
+// Registers of a producer's thread; the consumers get the rest. The least without spills: the addresses of gathered
+// keys take many. At most 168 x 384 in all.
+constexpr int producer_registers(bool gathers) { return gathers ? 72 : 40; }
+constexpr int consumer_registers(bool gathers) { return 252 - producer_registers(gathers) / 2; }
 
 // Of the 16 pairs of a row, after how many exponentials P V of the stage before is waited for, so that the rest hides
 // the packing and the rescaling. At 4, 8, 12, 16: 1.018, 1.018, 0.997, 0.954 of FA3 (full
@@ -24,6 +26,6 @@ constexpr int consumer_registers(bool halves, bool gathers) { return 252 - produ
 constexpr int kFinishAt = 8;
 
 // Numbers of the named barriers: 1 + g is warpgroup g's turn to issue products, the others its own.
-constexpr int kTurnBarrier = 1, kStoreBarrier = 3, kVoteBarrier = 5, kProducerBarrier = 7;
+constexpr int kTurnBarrier = 1, kGatherBarrier = 3, kVoteBarrier = 5, kProducerBarrier = 7;
 
 }  // namespace sparse_attn::hopper

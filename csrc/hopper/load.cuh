@@ -1,5 +1,5 @@
-// The producer: it walks lists and keeps the copy engine busy. One warp; where there are columns, which the
-// copy engine cannot gather, four.
+// The producers: one warp walks lists and keeps the copy engine busy, one finds work and brings queries, one writes
+// outputs. Where there are columns, which the copy engine cannot gather, four warps gather, and the first does the rest.
 #pragma once
 #include "tile.cuh"
 
@@ -7,8 +7,8 @@ namespace sparse_attn::hopper {
 
 // What a stage holds, in the registers of the producer's threads.
 struct Stage {
-  bool is_columns;
-  int held;     // this lane's word of the list, or this thread's key
+  bool is_columns, is_full;  // is_full: every slot of this warp has a key
+  int block;                 // this lane's word of the list
   int kv_head, batch;
 };
 
@@ -22,108 +22,212 @@ __device__ __forceinline__ void copy_blocks(typename K::Element* tile, const CUt
     if (thread == 0) mbarrier_expect_bytes(full, BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
     __syncwarp();
     if (thread < K::kEntries) {
-      const int block = K::HALVES ? stage.held >> 2 : stage.held;
+      const int block = K::SKIP ? stage.block >> 2 : stage.block;
 #pragma unroll
       for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
         tma_load(tile + (chunk * BLOCK_N + thread * K::KEY_BLOCK) * kChunk, map, full, chunk * kChunk,
-                 block * K::KEY_BLOCK, stage.kv_head, stage.batch);
+                 block * K::KEY_BLOCK, stage.kv_head, stage.batch, kEvictLast);
     }
     __syncwarp();
   }
   if (K::COLUMNS && thread != 0) mbarrier_arrive(full);
 }
 
-// Each warp gathers 32 keys; lane l of it holds the number of the l-th. 16 or 8 lanes copy a row of K::HEAD_DIM.
+// Each warp gathers 32 keys, whose numbers lie in `keys`: 8 lanes copy 128 bytes of a row, 16 each, four rows at once.
 template <typename K>
-__device__ __forceinline__ void copy_columns(typename K::Element* tile, const char* from, uint32_t stride_bytes,
-                                             uint64_t* full, int held) {
-  constexpr int kPieces = K::HEAD_DIM / 8, kRowsAtOnce = 32 / kPieces;  // pieces of 16 bytes
-  constexpr int kBatch = 4;  // copies whose keys are passed around together
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, piece = lane % kPieces, first = lane / kPieces;
-  const char* rows = from + piece * 16;
-  const uint32_t chunk = smem_address(tile) + piece / 8 * BLOCK_N * 128 + (warp * 32 + first) * 128;
-  // The swizzle of row r + first: its lower bits are those of r and of `first`, which do not meet.
-  auto place = [&](int r) { return chunk + r * 128 + (((piece % 8) ^ first ^ (r % 8)) * 16); };
-  auto source = [&](int key) { return rows + uint64_t(stride_bytes) * uint32_t(key); };
-  if (__all_sync(0xffffffff, held != kNoKey)) {
+__device__ __forceinline__ void copy_columns(typename K::Element* tile, const char* base, uint32_t stride_bytes,
+                                             uint64_t* full, const int* keys, bool is_full) {
+  constexpr int kBatch = 4;  // addresses worked out before they are used
+  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 8, piece = threadIdx.x % 8;
+  const uint64_t from = reinterpret_cast<uint64_t>(base) + piece * 16;
+  const uint32_t to = smem_address(tile) + (warp * 32 + row) * 128, even = (piece ^ row) * 16, odd = even ^ 64;
+  keys += warp * 32 + row;
+  auto copy = [&](int r, uint64_t source, bool is_used) {
 #pragma unroll
-    for (int batch = 0; batch < 32; batch += kBatch * kRowsAtOnce) {
-      int key[kBatch];
+    for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk) {
+      const uint32_t place = to + (r % 8 == 0 ? even : odd) + r * 128 + chunk * BLOCK_N * 128;
+      if (is_full) copy_16_bytes(place, source + chunk * 128);
+      else copy_16_bytes_or_zeros(place, source + chunk * 128, is_used);
+    }
+  };
+  if (is_full) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) key[i] = __shfl_sync(0xffffffff, held, batch + i * kRowsAtOnce + first);
+    for (int batch = 0; batch < 32; batch += 4 * kBatch) {
+      uint64_t source[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) copy_16_bytes(place(batch + i * kRowsAtOnce), source(key[i]));
+      for (int i = 0; i < kBatch; ++i) source[i] = multiply_add(keys[batch + 4 * i], stride_bytes, from);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) copy(batch + 4 * i, source[i], true);
     }
   } else {
 #pragma unroll 1
-    for (int r = 0; r < 32; r += kRowsAtOnce) {
-      const int key = __shfl_sync(0xffffffff, held, r + first);
-      copy_16_bytes_or_zeros(place(r), source(key == kNoKey ? 0 : key), key != kNoKey);
+    for (int r = 0; r < 32; r += 4) {
+      const bool is_used = keys[r] != kNoKey;
+      copy(r, multiply_add(is_used ? keys[r] : 0, stride_bytes, from), is_used);
     }
   }
   mbarrier_arrive_after_copies(full);
 }
 
+// An item whose list is empty: zeros, and -inf. One warp.
+template <typename K>
+__device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Work& work) {
+  constexpr int kPieces = K::HEAD_DIM / 8;
+  const int lane = threadIdx.x % 32;
+  auto* out = static_cast<typename K::Element*>(p.out) + work.batch * p.out_stride_b + work.head * p.out_stride_h;
+  for (int i = lane; i < BLOCK_M * kPieces; i += 32) {
+    const int query = work.first_query[i / kPieces / 64] + i / kPieces % 64;
+    if (query < p.L)
+      *reinterpret_cast<uint4*>(out + query * p.out_stride_m + i % kPieces * 8) = make_uint4(0, 0, 0, 0);
+  }
+  for (int i = lane; i < BLOCK_M; i += 32) {
+    const int query = work.first_query[i / 64] + i % 64;
+    if (query < p.L) p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = -INFINITY;
+  }
+}
+
+// The turn-th item of this block that has stages, left in shared memory for the others. One warp; `item` is the next to
+// look at, in lane 0.
+template <typename K>
+__device__ __forceinline__ void publish(const AttendFwdParams& p, SharedStorage<K>& shared, int& item, int turn) {
+  const int lane = threadIdx.x % 32;
+  mbarrier_wait(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
+  Work& work = shared.work[turn & 1];
+  while (true) {
+    if (lane == 0) {
+      work = find_work<K>(p, item);
+      item = atomicAdd(p.counter, 1) + gridDim.x;
+    }
+    __syncwarp();
+    if (work.is_last || work.count > 0) break;
+    store_nothing<K>(p, work);
+    __syncwarp();
+  }
+  if (lane == 0) mbarrier_arrive(&shared.work_full[turn & 1]);
+}
+
+// What `publish` left, read by a producer's warp.
+template <typename K>
+__device__ __forceinline__ Work take_work(SharedStorage<K>& shared, int turn) {
+  mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
+  const Work work = shared.work[turn & 1];
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(&shared.work_empty[turn & 1]);
+  return work;
+}
+
+// Q of the turn-th item. One warp.
+template <typename K>
+__device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K>& shared, const Work& work,
+                                       int turn) {
+  const int tile = turn % kTiles;
+  mbarrier_wait(&shared.q_empty[tile], ((turn / kTiles) & 1) ^ 1);
+  if (threadIdx.x % 32 == 0) {
+    mbarrier_expect_bytes(&shared.q_full[tile], BLOCK_M * K::HEAD_DIM * sizeof(typename K::Element));
+#pragma unroll
+    for (int g = 0; g < 2; ++g)
+#pragma unroll
+      for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
+        tma_load(shared.q[tile] + (g * K::HEAD_DIM + chunk * kChunk) * 64, map_q, &shared.q_full[tile],
+                 chunk * kChunk, work.first_query[g], work.head, work.batch, kEvictFirst);
+  }
+  __syncwarp();
+}
+
+// Writes the outputs of the turn-th item, and frees its tile. One warp.
+template <typename K>
+__device__ __forceinline__ void store_output(const CUtensorMap* map_o, SharedStorage<K>& shared, int batch, int head,
+                                             int first_query, int second_query, int turn) {
+  const int tile = turn % kTiles;
+  mbarrier_wait(&shared.o_full[tile], (turn / kTiles) & 1);
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int g = 0; g < 2; ++g)
+#pragma unroll
+      for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
+        tma_store(map_o, shared.q[tile] + (g * K::HEAD_DIM + chunk * kChunk) * 64, chunk * kChunk,
+                  g == 0 ? first_query : second_query, head, batch, kEvictFirst);
+    tma_store_commit();
+    tma_store_wait();
+    mbarrier_arrive(&shared.q_empty[tile]);
+  }
+  __syncwarp();
+}
+
+// The warp that writes outputs.
+template <typename K>
+__device__ __forceinline__ void store(const CUtensorMap* map_o, SharedStorage<K>& shared) {
+  for (int turn = 0;; ++turn) {
+    const Work work = take_work(shared, turn);
+    if (work.is_last) break;
+    store_output<K>(map_o, shared, work.batch, work.head, work.first_query[0], work.first_query[1], turn);
+  }
+}
+
+// The warp that finds work: one or two items ahead of the consumers. Each takes several reads in a row.
+template <typename K>
+__device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q,
+                                         SharedStorage<K>& shared) {
+  int item = blockIdx.x;
+  for (int turn = 0;; ++turn) {
+    publish<K>(p, shared, item, turn);
+    const Work work = shared.work[turn & 1];  // stays until this warp fills the slot again
+    if (work.is_last) break;
+    load_q<K>(map_q, shared, work, turn);
+  }
+}
+
 template <typename K>
 __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensorMap* map_q, const CUtensorMap* map_k,
-                                        const CUtensorMap* map_v, SharedStorage<K>& shared) {
-  using Element = typename K::Element;
+                                        const CUtensorMap* map_v, const CUtensorMap* map_o, SharedStorage<K>& shared) {
   const int thread = threadIdx.x, lane = thread % 32;
-  int step = 0;    // stages filled so far; V runs one behind K
-  int loaded = 0;  // items with stages so far
-  int claimed = 0;  // by lane 0 of the first warp: the item after the one published last
+  int step = 0;                  // stages filled so far; V runs one behind K
+  Ring<K::kValueStages> values;  // where V of stage step - 1 goes
   Stage last = {};
+  const char* last_values = nullptr;
+  // With columns, of the first warp: items stored, the two that may be missing, and, in lane 0, the one to look at next.
+  int stored = 0, item = blockIdx.x;
+  struct { int batch, head, first_query; } unstored = {}, latest = {};
 
-  auto publish = [&](int item, int turn) {
-    mbarrier_wait(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
-    if (lane == 0) {
-      shared.work[turn & 1] = find_work<K>(p, item);
-      mbarrier_arrive(&shared.work_full[turn & 1]);
-      claimed = atomicAdd(p.counter, 1) + gridDim.x;
-    }
-  };
-  auto sync = [&] {
-    if constexpr (K::COLUMNS) named_sync(kProducerBarrier, K::kProducers);
-    else __syncwarp();
-  };
   auto load_v = [&](int at) {
-    const int s = at % K::kStages;
-    mbarrier_wait(&shared.v_empty[s], ((at / K::kStages) & 1) ^ 1);
-    if (K::COLUMNS && last.is_columns) {
-      const char* from = static_cast<const char*>(p.v) + last.batch * p.v_stride_b + last.kv_head * p.v_stride_h;
-      copy_columns<K>(shared.v[s], from, p.v_stride_n, &shared.v_full[s], last.held);
-    } else {
-      copy_blocks<K>(shared.v[s], map_v, &shared.v_full[s], last);
-    }
+    const int s = uniform(values.slot());
+    mbarrier_wait(&shared.v_empty[s], values.phase() ^ 1);
+    values.advance(1);
+    if (K::COLUMNS && last.is_columns)
+      copy_columns<K>(shared.v[s], last_values, p.v_stride_n, &shared.v_full[s],
+                      shared.columns[K::COLUMNS ? at % K::kKeyStages : 0], last.is_full);
+    else copy_blocks<K>(shared.v[s], map_v, &shared.v_full[s], last);
+  };
+  auto publish_next = [&](int turn) {
+    if (K::COLUMNS && thread < 32) publish<K>(p, shared, item, turn);
+  };
+  auto store_next = [&] {
+    store_output<K>(map_o, shared, unstored.batch, unstored.head, unstored.first_query, unstored.first_query + 64, stored++);
+    unstored = latest;
   };
 
-  if (thread < 32) publish(blockIdx.x, 0);
-  for (int turn = 0;; ++turn) {
-    sync();
-    const Work work = shared.work[turn & 1];
+  publish_next(0);
+  int turn = 0;
+  for (;; ++turn) {
+    if constexpr (K::COLUMNS) named_sync(kProducerBarrier, K::kProducers);
+    const Work work = K::COLUMNS ? shared.work[turn & 1] : take_work(shared, turn);
     if (work.is_last) break;
-    if (work.count > 0 && thread < 32) {
-      const int tile = loaded % kTiles;
-      mbarrier_wait(&shared.q_empty[tile], ((loaded / kTiles) & 1) ^ 1);
-      if (lane == 0) {
-        mbarrier_expect_bytes(&shared.q_full[tile], BLOCK_M * K::HEAD_DIM * sizeof(Element));
-#pragma unroll
-        for (int g = 0; g < 2; ++g)
-#pragma unroll
-          for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
-            tma_load(shared.q[tile] + (g * K::HEAD_DIM + chunk * kChunk) * 64, map_q, &shared.q_full[tile],
-                     chunk * kChunk, work.first_query[g], work.head, work.batch);
-      }
-      __syncwarp();
+    if (K::COLUMNS && thread < 32) {
+      if (turn >= kTiles) store_next();  // the consumers finished it when they began the item before this one
+      load_q<K>(map_q, shared, work, turn);
+      latest = {work.batch, work.head, work.first_query[0]};
+      if (turn == stored) unstored = latest;
     }
-    if (work.count > 0) ++loaded;
+    const int kv_head = work.head / p.gqa_group;
+    const char* keys = static_cast<const char*>(p.k) + work.batch * p.k_stride_b + kv_head * p.k_stride_h;
+    const char* values = static_cast<const char*>(p.v) + work.batch * p.v_stride_b + kv_head * p.v_stride_h;
 
     // Words of the list arrive 32 at a time, a whole window ahead of their use; columns, a stage ahead.
     const int32_t* list = p.indices + work.list;
     const int32_t* column_list = p.column_indices + work.column_list;
     auto read = [&](int window) {
       const int entry = window * 32 + lane;
-      return entry < work.visible ? list[entry] : (K::HALVES ? p.num_key_blocks << 2 : p.num_key_blocks);
+      return entry < work.visible ? list[entry] : (K::SKIP ? p.num_key_blocks << 2 : p.num_key_blocks);
     };
     auto read_column = [&](int stage) {
       const int entry = stage * BLOCK_N + thread;
@@ -136,35 +240,37 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
       const int masked = i - work.unmasked;
       const bool is_columns =
           K::COLUMNS && (i < work.columns || (masked >= 0 && masked < work.masked_columns));
-      Stage now = {is_columns, 0, work.head / p.gqa_group, work.batch};
-      const int s = step % K::kStages;
-      mbarrier_wait(&shared.k_empty[s], ((step / K::kStages) & 1) ^ 1);
+      Stage now = {is_columns, false, 0, kv_head, work.batch};
+      const int s = uniform(step % K::kKeyStages);
+      mbarrier_wait(&shared.k_empty[s], ((step / K::kKeyStages) & 1) ^ 1);
       if (is_columns) {
-        now.held = column;
-        column = read_column(++column_stage);
-        shared.columns[K::COLUMNS ? s : 0][thread] = now.held;
-        const char* from = static_cast<const char*>(p.k) + now.batch * p.k_stride_b + now.kv_head * p.k_stride_h;
-        copy_columns<K>(shared.k[s], from, p.k_stride_n, &shared.k_full[s], now.held);
+        now.is_full = __all_sync(0xffffffff, column != kNoKey);
+        shared.columns[K::COLUMNS ? s : 0][thread] = column;
+        __syncwarp();
+        copy_columns<K>(shared.k[s], keys, p.k_stride_n, &shared.k_full[s], shared.columns[K::COLUMNS ? s : 0],
+                        now.is_full);
+        column = read_column(++column_stage);  // here, since waiting for `column` would wait for this read too
       } else {
         if (entry / 32 != window) {
           held = ahead;
           window = entry / 32;
           ahead = read(window + 1);
         }
-        now.held = __shfl_sync(0xffffffff, held, (entry + lane % K::kEntries) % 32);
+        now.block = __shfl_sync(0xffffffff, held, (entry + lane % K::kEntries) % 32);
         entry += K::kEntries;
-        if (thread < K::kEntries) shared.words[s][thread] = now.held;
+        if (thread < K::kEntries) shared.words[s][thread] = now.block;
         copy_blocks<K>(shared.k[s], map_k, &shared.k_full[s], now);
       }
       if (step > 0) load_v(step - 1);
       last = now;
+      last_values = values;
       ++step;
-      // Finding the next item takes several reads in a row: here the consumers have two stages to work on.
-      if (thread < 32 && i == min(1, work.count - 1)) publish(claimed, turn + 1);
+      if (i == min(1, work.count - 1)) publish_next(turn + 1);  // the consumers have two stages to work on
     }
-    if (thread < 32 && work.count == 0) publish(claimed, turn + 1);
   }
   if (step > 0) load_v(step - 1);
+  if (K::COLUMNS && thread < 32)
+    while (stored < turn) store_next();
 }
 
 }  // namespace sparse_attn::hopper

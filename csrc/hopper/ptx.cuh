@@ -31,6 +31,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
 }
 
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier, int times) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(times) : "memory");
+}
+
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int phase) {
   asm volatile(
       "{\n"
@@ -72,20 +76,24 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
 
 // -- the bulk tensor copy engine --------------------------------------------------------------------
 
+// What createpolicy.fractional.L2 makes of "evict first" and "evict last" for all of the data.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000, kEvictLast = 0x14F0000000000000;
+
 __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* map, uint64_t* barrier, int d, int row,
-                                         int head, int batch) {
+                                         int head, int batch, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(
           smem_address(destination)),
-      "l"(map), "r"(smem_address(barrier)), "r"(d), "r"(row), "r"(head), "r"(batch)
+      "l"(map), "r"(smem_address(barrier)), "r"(d), "r"(row), "r"(head), "r"(batch), "l"(policy)
       : "memory");
 }
 
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, int d, int row, int head,
-                                          int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-               "r"(smem_address(source)), "r"(d), "r"(row), "r"(head), "r"(batch)
-               : "memory");
+                                          int batch, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(map),
+      "r"(smem_address(source)), "r"(d), "r"(row), "r"(head), "r"(batch), "l"(policy)
+      : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // Until the engine has read the shared memory of all stores committed by this thread.
@@ -100,10 +108,10 @@ __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
 
 // -- 16-byte copies, for gathered keys --------------------------------------------------------------
 
-__device__ __forceinline__ void copy_16_bytes(uint32_t destination, const void* source) {
+__device__ __forceinline__ void copy_16_bytes(uint32_t destination, uint64_t source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
-__device__ __forceinline__ void copy_16_bytes_or_zeros(uint32_t destination, const void* source, bool is_used) {
+__device__ __forceinline__ void copy_16_bytes_or_zeros(uint32_t destination, uint64_t source, bool is_used) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(is_used ? 16 : 0)
                : "memory");
 }
@@ -111,6 +119,13 @@ __device__ __forceinline__ void copy_16_bytes_or_zeros(uint32_t destination, con
 // Arrives when all earlier copies of this thread have landed.
 __device__ __forceinline__ void mbarrier_arrive_after_copies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// a * b + c in one instruction, and here: left to itself, ptxas works out each address just before its copy.
+__device__ __forceinline__ uint64_t multiply_add(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t d;
+  asm volatile("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
+  return d;
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.

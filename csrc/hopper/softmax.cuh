@@ -41,6 +41,17 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Where the keys end that this thread's two queries may see.
 __device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p, int query) {
 #pragma unroll
@@ -55,8 +66,8 @@ __device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const Atten
   key_ends(end, p, query);
 #pragma unroll
   for (int e = 0; e < K::kEntries; ++e) {
-    const bool is_listed = !K::HALVES || (words[e] >> group & 1);
-    const int key = is_listed ? (K::HALVES ? words[e] >> 2 : words[e]) * K::KEY_BLOCK + lane % 4 * 2 : kNoKey - BLOCK_N;
+    const bool is_listed = !K::SKIP || (words[e] >> group & 1);
+    const int key = is_listed ? (K::SKIP ? words[e] >> 2 : words[e]) * K::KEY_BLOCK + lane % 4 * 2 : kNoKey - BLOCK_N;
 #pragma unroll
     for (int j = 0; j < K::KEY_BLOCK / 8; ++j)
 #pragma unroll

@@ -7,19 +7,41 @@
 namespace sparse_attn::hopper {
 
 // A kernel of the family.
-//   HALVES   each warpgroup has a query block of 64 with a list of its own; the two lists are walked as one, whose
-//            entries say in two bits who reads them. Otherwise a block is the whole tile of 128 queries.
-//   SKIP     BLASST: a warpgroup leaves out a tile whose scores all lie far below its running maxima.
+//   HALVES   each warpgroup has a query block of 64 with a list of its own. Otherwise a block is the tile of 128 queries.
+//   SKIP     BLASST: a warpgroup leaves out a tile whose scores all lie far below its running maxima. The two lists are
+//            walked as one, whose entries say in two bits who reads them.
 //   COLUMNS  single keys beside the blocks, gathered.
 template <typename Element_, int HEAD_DIM_, int KEY_BLOCK_, bool HALVES_, bool SKIP_, bool COLUMNS_>
 struct Kernel {
   using Element = Element_;
   static constexpr int HEAD_DIM = HEAD_DIM_, KEY_BLOCK = KEY_BLOCK_;
   static constexpr bool HALVES = HALVES_, SKIP = SKIP_, COLUMNS = COLUMNS_;
+  // Two lists as stages that both warpgroups read, then rounds of one stage for each.
+  static constexpr bool ROUNDS = HALVES && !SKIP;
   static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
-  static constexpr int kStages = stages_of(HEAD_DIM);
+  static constexpr int kKeyStages = key_stages(HEAD_DIM), kValueStages = value_stages(HEAD_DIM, ROUNDS);
   static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
   static constexpr int kArrivals = COLUMNS ? 128 : 1;    // that fill a stage
+};
+
+// A place in a ring of barriers: which of them, and the parity of its phase.
+template <int STAGES>
+struct Ring {
+  unsigned at = 0, wraps = 0;
+  __device__ __forceinline__ int slot() const { return at; }
+  __device__ __forceinline__ int phase() const { return wraps & 1; }
+  __device__ __forceinline__ void advance(unsigned by) {  // at most STAGES
+    at += by;
+    if (at >= STAGES) at -= STAGES, ++wraps;
+  }
+};
+// A power of two divides with shifts.
+template <int STAGES> requires((STAGES & (STAGES - 1)) == 0)
+struct Ring<STAGES> {
+  unsigned at = 0;
+  __device__ __forceinline__ int slot() const { return at % STAGES; }
+  __device__ __forceinline__ int phase() const { return (at / STAGES) & 1; }
+  __device__ __forceinline__ void advance(unsigned by) { at += by; }
 };
 
 constexpr int kNoKey = 0x7fffffff;  // in a slot of a stage that holds no column
@@ -30,7 +52,8 @@ struct Work {
   int batch, head;
   int first_query[2];  // of each warpgroup
   int count;           // stages
-  int unmasked;        // leading stages that need no mask
+  int unmasked;        // leading stages that need no mask; with ROUNDS, that both warpgroups read
+  int rounds, masked_rounds;  // with ROUNDS, after those: two stages each
   int masked_columns;  // stages after those that hold columns
   int columns;         // leading stages that hold columns
   int visible, visible_columns;  // entries read
@@ -67,11 +90,16 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
     work.first_query[0] = block * BLOCK_M;
     work.first_query[1] = block * BLOCK_M + 64;
   }
-  const int unmasked = p.bounds[row * 2] / K::kEntries;
-  work.visible = p.bounds[row * 2 + 1];
   work.list = p.offsets[row];
-  work.count = (work.visible + K::kEntries - 1) / K::kEntries;
-  work.unmasked = unmasked;
+  if constexpr (K::ROUNDS) {
+    work.unmasked = p.bounds[row * 3], work.rounds = p.bounds[row * 3 + 1], work.masked_rounds = p.bounds[row * 3 + 2];
+    work.count = work.unmasked + 2 * (work.rounds + work.masked_rounds);
+    work.visible = work.count * K::kEntries;
+  } else {
+    work.unmasked = p.bounds[row * 2] / K::kEntries;
+    work.visible = p.bounds[row * 2 + 1];
+    work.count = (work.visible + K::kEntries - 1) / K::kEntries;
+  }
   if constexpr (K::COLUMNS) {
     const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / BLOCK_M;
     work.columns = p.column_bounds[block_row * 2] / BLOCK_N;
@@ -94,25 +122,24 @@ __device__ __forceinline__ Work read_work(const Work& shared, int group) {
   work.first_query[0] = uniform(shared.first_query[group]);
   work.count = uniform(shared.count), work.unmasked = uniform(shared.unmasked);
   work.masked_columns = uniform(shared.masked_columns);
+  work.rounds = uniform(shared.rounds), work.masked_rounds = uniform(shared.masked_rounds);
   return work;
 }
 
 template <typename K>
 struct alignas(1024) SharedStorage {
   using Element = typename K::Element;
-  static constexpr int kStages = K::kStages;
-  Element q[kTiles][BLOCK_M * K::HEAD_DIM];   // [2 warpgroups][HEAD_DIM / 64][64][64], swizzled
-  Element k[kStages][BLOCK_N * K::HEAD_DIM];  // [HEAD_DIM / 64][BLOCK_N][64], swizzled
-  Element v[kStages][BLOCK_N * K::HEAD_DIM];
-  Element o[BLOCK_M * K::HEAD_DIM];           // as q
-  uint64_t q_full[kTiles], q_empty[kTiles];
-  uint64_t k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  Element q[kTiles][BLOCK_M * K::HEAD_DIM];  // [2 warpgroups][HEAD_DIM / 64][64][64], swizzled; then O, the same
+  Element k[K::kKeyStages][BLOCK_N * K::HEAD_DIM];    // [HEAD_DIM / 64][BLOCK_N][64], swizzled
+  Element v[K::kValueStages][BLOCK_N * K::HEAD_DIM];
+  uint64_t q_full[kTiles], o_full[kTiles], q_empty[kTiles];
+  uint64_t k_full[K::kKeyStages], k_empty[K::kKeyStages], v_full[K::kValueStages], v_empty[K::kValueStages];
   uint64_t work_full[2], work_empty[2];
-  Work work[2];  // the producer finds the next item while the consumers are at the last
+  Work work[2];  // the next item is found while the consumers are at the last
   float nothing;          // for hold_until
   unsigned keeps[2][4];   // of each warpgroup: 1 + the last stage that a warp of it kept, of every fourth
-  int words[kStages][K::kEntries];                // of the list, of each block in a K tile
-  alignas(16) int columns[K::COLUMNS ? kStages : 1][BLOCK_N];  // keys in a K tile of columns
+  int words[K::kKeyStages][K::kEntries];  // of the list, of each block in a K tile
+  alignas(16) int columns[K::COLUMNS ? K::kKeyStages : 1][BLOCK_N];  // keys in a K tile of columns
 };
 
 }  // namespace sparse_attn::hopper
