@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_attn.integrations.diffusers_rules import Rule
-from sparse_attn.integrations.diffusers_state import CallState, Tokens
+from sparse_attn.integrations.diffusers_state import CallState, RowGroup, Tokens
 
 _numbers = count()
 _processors: WeakValueDictionary[int, SparseProcessor] = WeakValueDictionary()
@@ -77,7 +77,7 @@ class SparseProcessor:
         return not _in_graph() and self.rule.is_dense(self.state.step)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of the layer. q, k, v, and the result: [B, H, N, D]."""
+        """Attention of the layer. q, k, v: [B, H, N, D]; the result: [B, N, H, D]."""
         if _in_graph():
             return torch.ops.sparse_attn.video_attention(q, k, v, scale, self.number)
         return self.attend_now(q, k, v, scale)
@@ -91,25 +91,31 @@ class SparseProcessor:
                 "call the patched transformer itself, not one of its blocks."
             )
         if self.state.real_text is None:
-            return self._rows(q, k, v, tokens=tokens, rows="all", scale=scale)
+            return self._rows(q, k, v, tokens, "all", scale).transpose(1, 2)
         if len(self.state.real_text) != B:
             raise ValueError(
                 f"sparse_attn: the text mask has {len(self.state.real_text)} rows, layer {self.layer} {B}."
             )
-        groups = self.state.row_groups
-        out = None if len(groups) == 1 else q.new_zeros(B, q.shape[1], N, v.shape[-1])
-        for own, rows in groups:
-            end = own.num_video + own.text_len
-            part = [(x if out is None else x[rows]).narrow(2, 0, end) for x in (q, k, v)]
-            real = self._rows(*part, tokens=own, rows=str(rows), scale=scale)
-            if out is None:
-                return torch.constant_pad_nd(real, (0, 0, 0, N - end))
-            out[rows, :, :end] = real
-        assert out is not None
-        return out
+        groups, order = self.state.row_groups, self.state.row_order
+        if len(groups) == 1:
+            end = groups[0].end
+            return self._cut(
+                q.narrow(2, 0, end), k.narrow(2, 0, end), v.narrow(2, 0, end), N, groups[0], scale
+            )
+        parts = []
+        for group in groups:
+            own = (group.rows, slice(None), slice(group.end))
+            parts.append(self._cut(q[own], k[own], v[own], N, group, scale))
+        out = torch.cat(parts)
+        return out if order is None else out[order]
 
-    def _rows(self, q: Tensor, k: Tensor, v: Tensor, *, tokens: Tokens, rows: str, scale: float) -> Tensor:
-        """Rows of the batch that have equally many real tokens."""
+    def _cut(self, q: Tensor, k: Tensor, v: Tensor, N: int, group: RowGroup, scale: float) -> Tensor:
+        """Rows of equally many real tokens, given without their padding, for which 0 is returned."""
+        real = self._rows(q, k, v, group.tokens, group.name, scale)
+        return torch.constant_pad_nd(real.transpose(1, 2), (0, 0, 0, 0, 0, N - group.end))
+
+    def _rows(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tokens, rows: str, scale: float) -> Tensor:
+        """Rows of the batch without padding."""
         if self.rule.is_dense(self.state.step):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
         context = self.state.context(self.layer, rows, tokens.prompt_len)
@@ -127,7 +133,8 @@ def _video_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, number: Tens
 
 
 def _video_attention_fake(q: Tensor, k: Tensor, v: Tensor, scale: float, number: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[-1])
+    B, H, N, _ = q.shape
+    return q.new_empty(B, N, H, v.shape[-1])
 
 
 torch.library.define(
@@ -164,7 +171,7 @@ class WanProcessor(SparseProcessor):
         if rotary_emb is not None:
             q, k = _rotate_pairs(q, *rotary_emb), _rotate_pairs(k, *rotary_emb)
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.shape[-1] ** -0.5)
-        out = out.transpose(1, 2).flatten(2, 3).type_as(q)
+        out = out.flatten(2, 3).type_as(q)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -194,7 +201,7 @@ class HunyuanProcessor(SparseProcessor):
         text_len = encoder_hidden_states.shape[1]
         q, k, v = self._projected(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), q.shape[-1] ** -0.5)
-        out = out.transpose(1, 2).flatten(2, 3).to(q.dtype)
+        out = out.flatten(2, 3).to(q.dtype)
         video, text = out[:, :-text_len], out[:, -text_len:]
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))
@@ -243,7 +250,7 @@ class CogVideoXProcessor(SparseProcessor):
         q, k = _normed(attn.norm_q, q), _normed(attn.norm_k, k)
         if image_rotary_emb is not None:
             q, k = (_rotate_part(x, image_rotary_emb, slice(text_len, None), dim=2) for x in (q, k))
-        out = self.attend(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2, 3)
+        out = self.attend(q, k, v, q.shape[-1] ** -0.5).flatten(2, 3)
         out = attn.to_out[1](attn.to_out[0](out))
         return out[:, text_len:], out[:, :text_len]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,27 @@ class Tokens:
     def prompt_len(self) -> int:
         """Tokens of the first of the two parts, text and video: SparseD ranks their keys apart."""
         return self.text_len if self.text_first or not self.text_len else self.num_video
+
+
+class RowGroup(NamedTuple):
+    """Rows of a batch that have equally many real tokens.
+
+    Attributes:
+        tokens: without padding.
+        name: of the rows, for their caches.
+        end: number of those tokens.
+        rows: as an index; a slice where they lie together, which copies nothing.
+    """
+
+    tokens: Tokens
+    name: str
+    end: int
+    rows: slice | list[int]
+
+
+def _index(rows: list[int]) -> slice | list[int]:
+    together = rows == list(range(rows[0], rows[0] + len(rows)))
+    return slice(rows[0], rows[0] + len(rows)) if together else rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,8 @@ class CallState:
         step, pass_number: of the present call, from 0; -1 before the first.
         tokens: of the present call.
         real_text: real text tokens of each row, None where all are.
-        row_groups: rows of equally many real tokens: the tokens without padding, and the rows.
+        row_groups: rows of equally many real tokens.
+        row_order: where each row lies in the groups one after another; None: in order.
     """
 
     family: Family
@@ -82,15 +104,18 @@ class CallState:
     pass_number: int = 0
     tokens: Tokens | None = None
     real_text: list[int] | None = None
-    row_groups: list[tuple[Tokens, list[int]]] = field(default_factory=list)
+    row_groups: list[RowGroup] = field(default_factory=list)
+    row_order: list[int] | None = None
     told: bool = False
     _timestep: float | None = None
     _caches: dict[Hashable, LayoutCache] = field(default_factory=dict)
+    _contexts: dict[Hashable, Context] = field(default_factory=dict)  # of the present call
 
     @torch.compiler.disable  # a graph would store the state after it has run, when it is too late
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The hook before the transformer's forward. Waits for the device where text is masked or steps
         are counted, once a call."""
+        self._contexts.clear()
         given = {**dict(zip(self.family.arguments, args, strict=False)), **kwargs}
         self.tokens, mask = self.family.read(model, given)
         real = None if mask is None else mask.sum(1).tolist()
@@ -99,7 +124,13 @@ class CallState:
         by_length: dict[int, list[int]] = {}
         for row, length in enumerate(self.real_text or ()):
             by_length.setdefault(length, []).append(row)
-        self.row_groups = [(replace(self.tokens, text_len=n), rows) for n, rows in by_length.items()]
+        video = self.tokens.num_video
+        self.row_groups = [
+            RowGroup(replace(self.tokens, text_len=n), str(rows), video + n, _index(rows))
+            for n, rows in by_length.items()
+        ]
+        grouped = [row for rows in by_length.values() for row in rows]
+        self.row_order = None if grouped == sorted(grouped) else [grouped.index(r) for r in sorted(grouped)]
         if self.num_steps is None:
             return
         if self.told:
@@ -137,9 +168,14 @@ class CallState:
     def context(self, layer: int, rows: Hashable, prompt_len: int) -> Context:
         """What a method may ask of a call. Passes of a step, and rows of a batch that are run apart, have
         a pattern cache each: `LayoutCache` belongs to one generation."""
-        if self.num_steps is None:
-            return Context(layer=layer, prompt_len=prompt_len)
-        cache = self._caches.setdefault((self.pass_number, rows), LayoutCache())
-        return Context(
-            layer=layer, step=self.step, num_steps=self.num_steps, prompt_len=prompt_len, cache=cache
-        )
+        place = (layer, rows)
+        if place not in self._contexts:
+            if self.num_steps is None:
+                made = Context(layer=layer, prompt_len=prompt_len)
+            else:
+                cache = self._caches.setdefault((self.pass_number, rows), LayoutCache())
+                made = Context(
+                    layer=layer, step=self.step, num_steps=self.num_steps, prompt_len=prompt_len, cache=cache
+                )
+            self._contexts[place] = made
+        return self._contexts[place]
