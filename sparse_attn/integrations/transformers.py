@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_attn.integrations.padded_graph import padded_attention
 from sparse_attn.integrations.padding import dense, each_sequence, real_tokens, visible
 from sparse_attn.integrations.settings import (
     ATTRIBUTE,
@@ -284,7 +285,8 @@ def attention_mask(
         length = kv_length if bidirectional else end
         padding = prepare_padding_mask(attention_mask, length, 0)
         padding = None if padding is None else padding[:, :length]
-        if padding is not None and not bool(padding.all()):
+        # A graph cannot branch on it: there the layers' operator finds out whether anything is padding.
+        if padding is not None and (torch.compiler.is_compiling() or not bool(padding.all())):
             return padding
         return None if length == kv_length else torch.ones(length, dtype=torch.bool, device=device)
     seen = causal_mask_function if mask_function is None else mask_function  # torch 2.11 traces no `or` here
@@ -334,6 +336,9 @@ def attention_forward(
     if extras:
         return _eager(module, query, key, value, attention_mask, causal, scale, extras, kwargs), None
     chosen = setting.attention if query.shape[2] > 1 else setting.decode
+    in_graph = chosen is not None and torch.compiler.is_compiling() and module.__dict__.get(PENDING) is None
+    if in_graph and attention_mask is not None and _can_cut(module, query, key, attention_mask, causal):
+        return padded_attention(module, query, key, value, attention_mask, scale, causal), None
 
     def sparse(q: Tensor, k: Tensor, v: Tensor, **rows: int) -> Tensor:
         assert chosen is not None
@@ -354,6 +359,14 @@ def attention_forward(
         _fall_back(setting, attention_mask, key.shape[2])
         out = dense(query, key, value, attention_mask, causal, scale)
     return out.transpose(1, 2), None
+
+
+def attend_padded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, padding: Tensor, scale: float, causal: bool
+) -> Tensor:
+    """What `padded_attention` runs: the same as without a graph."""
+    mask = padding if real_tokens(padding) != [(0, padding.shape[1])] * len(padding) else None
+    return attention_forward(module, query, key, value, mask, scaling=scale, is_causal=causal)[0]
 
 
 def _eager(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_transformers_patch import WINDOW, error, logits, table, tiny_model, tokens  # noqa: E402
 
 import sparse_attn as sa  # noqa: E402
+from sparse_attn.integrations import padded_graph  # noqa: E402
 from sparse_attn.integrations.transformers import NAME, DenseFallbackWarning  # noqa: E402
 from sparse_attn.recipe import DenseConfig, Fingerprint, HeadGroup, LayerPlan, Recipe  # noqa: E402
 
@@ -182,6 +184,74 @@ def test_compiled_training() -> None:
         eager = gradient(model)
         ours = gradient(compiled(model))
     assert error(ours, eager) < 1e-5 * eager.abs().max().item()
+
+
+def paddings(ids) -> dict[str, torch.Tensor]:
+    masks = {name: torch.ones_like(ids) for name in ("left and right", "none", "other")}
+    masks["left and right"][1, :7] = 0
+    masks["left and right"][2, 50:] = 0
+    masks["other"][0, :20] = 0
+    return masks
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_compiles_into_one_graph(method: str) -> None:
+    """One graph for every padding, and for none."""
+    model, ids = tiny_model(num_hidden_layers=2), tokens(3, 150)
+    with sa.patched(model, method, **METHODS[method], layers={1: "dense"}):
+        ours = compiled(model)
+        for number, (name, mask) in enumerate(paddings(ids).items()):
+            with torch._dynamo.config.patch(error_on_recompile=number > 0):
+                got = logits(ours, ids, attention_mask=mask)
+            expected = logits(model, ids, attention_mask=mask)
+            assert error(got[mask.bool()], expected[mask.bool()]) < 1e-5 * expected.abs().max().item(), name
+    stock = logits(model, ids, attention_mask=mask)
+    assert error(stock[mask.bool()], expected[mask.bool()]) > 1e-3
+
+
+def test_a_mask_with_holes_in_a_graph_is_dense_and_warns() -> None:
+    model, ids = tiny_model(num_hidden_layers=1), tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, 20:30] = 0
+    stock = logits(model, ids, attention_mask=mask)
+    with sa.patched(model, "s2", **WINDOW), pytest.warns(DenseFallbackWarning, match="with holes"):
+        ours = logits(compiled(model), ids, attention_mask=mask)
+    assert error(ours[mask.bool()], stock[mask.bool()]) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["s2", "blasst"])
+def test_compiled_training_with_padding(method: str) -> None:
+    model, ids = tiny_model(num_hidden_layers=2).train(), tokens(3, 60)
+    mask = paddings(ids)["left and right"]
+    labels = ids.masked_fill(mask == 0, -100)
+    options = WINDOW if method == "s2" else {"threshold": 0.5, "block_m": 16, "block_n": 16}
+
+    def gradients(run) -> torch.Tensor:
+        model.zero_grad()
+        run(ids, attention_mask=mask, labels=labels).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    with sa.patched(model, method, **options):
+        eager = gradients(model)
+        ours = gradients(compiled(model))
+    assert error(ours, eager) < 1e-5 * eager.abs().max().item()
+    assert error(gradients(model), eager) > 1e-3 * eager.abs().max().item(), "a sparse pattern must show"
+
+
+def test_the_operator_of_padding_passes_opcheck_and_outlives_no_model() -> None:
+    model, ids = tiny_model(num_hidden_layers=1), tokens(3, 60)
+    mask = paddings(ids)["left and right"].bool()
+    q, k = torch.randn(3, 4, 60, 16, requires_grad=True), torch.randn(3, 2, 60, 16, requires_grad=True)
+    with sa.patched(model, "s2", **WINDOW):
+        number = padded_graph._number_of(id(model.model.layers[0].self_attn))
+        args = (q, k, k.detach(), mask, 0.25, True, number)
+        torch.library.opcheck(torch.ops.sparse_attn.padded_attention, args)
+        twin = copy.deepcopy(model).model.layers[0].self_attn
+        assert padded_graph._number_of(id(twin)) != number
+    del model
+    gc.collect()
+    with pytest.raises(ValueError, match="is gone; compile it again"):
+        torch.ops.sparse_attn.padded_attention(*args)
 
 
 def test_generation_with_a_compiled_static_cache() -> None:
