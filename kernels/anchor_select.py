@@ -101,6 +101,7 @@ def pool_anchor_kernel(
     G,
     step,
     init_blocks,
+    local_blocks,
     part_stride,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -123,7 +124,7 @@ def pool_anchor_kernel(
         head = batch_head % Hq
         kv_head = head // gqa_group
         shift = S - L
-        first_local = tl.maximum((i // step) * step * BLOCK + shift, 0) // BLOCK - 1
+        first_local = tl.maximum((i // step) * step * BLOCK + shift, 0) // BLOCK - local_blocks
         first_local = tl.maximum(first_local, 0)
         init_stop = tl.minimum(init_blocks, first_local) * BLOCK
         local_start = first_local * BLOCK
@@ -186,6 +187,7 @@ def identify_kernel(
     tiles,
     step,
     init_blocks,
+    local_blocks,
     part_stride,
     scale,
     HEAD_DIM: tl.constexpr,
@@ -213,7 +215,7 @@ def identify_kernel(
     shift = S - L
     span = step * BLOCK
     # The first superblock whose neighbourhood starts past this tile's first key.
-    first = tl.maximum(tile * TILE_N + 2 * BLOCK - shift + span - 1, 0) // span
+    first = tl.maximum(tile * TILE_N + (local_blocks + 1) * BLOCK - shift + span - 1, 0) // span
 
     offs_r = tl.arange(0, ROWS)
     for g in range(first, G, SUPERBLOCKS):
@@ -236,7 +238,7 @@ def identify_kernel(
             reached = (s * scale >= limit[None, :]).to(tl.int32)
             hit = tl.maximum(hit, tl.max(tl.reshape(reached, [TILE_N, SUPERBLOCKS, STEP]), 2))
 
-        first_local = tl.maximum(tl.maximum(gs * span + shift, 0) // BLOCK - 1, 0)
+        first_local = tl.maximum(tl.maximum(gs * span + shift, 0) // BLOCK - local_blocks, 0)
         init_end = tl.minimum(first_local, init_blocks)
         offered = (keys[:, None] >= (init_end * BLOCK)[None, :]) & (
             keys[:, None] < (first_local * BLOCK)[None, :]
@@ -302,8 +304,8 @@ def pool_anchor(
     pool_anchor_kernel[(G * regions.step * B * Hq,)](
         query, key, anchor, pooled, *query.stride()[:3], *key.stride()[:3],
         Hq, Hq // key.shape[1], L, regions.S, Lb, G, regions.step, regions.init_blocks,
-        pooled.stride(0), scale, D, regions.block, tile_n, _padded(D), parts, reference == "lse",
-        "ieee", num_stages, num_warps=num_warps, num_stages=num_stages,
+        regions.local_blocks, pooled.stride(0), scale, D, regions.block, tile_n, _padded(D), parts,
+        reference == "lse", "ieee", num_stages, num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return anchor, pooled
 
@@ -333,8 +335,8 @@ def fill_columns(
         identify_kernel[(tiles * B * heads,)](
             pooled, key, at_least.float().contiguous(), bits, counts, *key.stride()[:3],
             B * heads, heads, Hq // key.shape[1], regions.L, regions.S, Lb, G, tiles, step,
-            regions.init_blocks, pooled.stride(0), scale, D, regions.block, TILE, _padded(D), pooled.shape[0],
-            padded_step, product_rows, Hq // heads, "ieee",
+            regions.init_blocks, regions.local_blocks, pooled.stride(0), scale, D, regions.block, TILE,
+            _padded(D), pooled.shape[0], padded_step, product_rows, Hq // heads, "ieee",
             num_warps=4, num_stages=2 if product_rows * _padded(D) <= 32 * 128 else 1,
         )  # fmt: skip
     ends = torch.cumsum(counts.flatten(), 0, dtype=torch.int64)

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from references.anchor import anchor
+from references.anchor import anchor, recall_thetas
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparse_attn as sa
 from sparse_attn import layout_bounds
-from sparse_attn.methods import METHODS
+from sparse_attn.methods import METHODS, anchor_sampled
 from sparse_attn.methods import anchor_select as portable
 from sparse_attn.methods.anchor import AnchorConfig, select
 from sparse_attn.methods.anchor_regions import AnchorRegions
@@ -98,6 +98,122 @@ def test_lists_are_those_of_the_paper(case, reference, dtype):
             keys = rows.repeat_interleave(layout.block_n)[: case["S"]]
             keys &= torch.arange(case["S"]) <= i + case["S"] - case["L"]
             assert torch.equal(keys, blocks), (g, i)
+
+
+SAMPLED_CASES = {
+    name: CASES[name]
+    for name in ("square", "ragged", "last-superblock-of-one-query", "chunk-off-the-grid", "one-query", "gqa",
+                 "more-queries-than-keys", "three-init", "step-1")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAMPLED_CASES.values(), ids=SAMPLED_CASES)
+@pytest.mark.parametrize("reference", ["max", "lse", "all"])
+@pytest.mark.parametrize("local_blocks", [0, 3])
+def test_sampled_queries_list_what_one_of_them_wants(case, reference, local_blocks):
+    case = dict(Hq=2, Hkv=2) | SMALL | case
+    shape = {name: case[name] for name in SMALL} | dict(local_blocks=local_blocks)
+    q, k, _ = make(1, case["Hq"], case["Hkv"], case["L"], case["S"])
+    literal = anchor(
+        q, k, block=case["block_size"], step=case["step"], init_blocks=case["init_blocks"],
+        local_blocks=local_blocks, scale=32**-0.5, reference=reference, samples=3,
+    )  # fmt: skip
+    gaps = sorted(gap for _, of in literal.values() for gap in of.values())
+    theta = gaps[len(gaps) // 3] + 1e-6 if gaps else 5.0
+    layout = plan_of(q, k, theta=theta, reference=reference, samples=3, **shape).layout
+    kept, offered = assert_lists_follow(lists_of(layout.check()), literal, theta, 1e-9)
+    assert offered == 0 or 0.2 * offered < kept < 0.6 * offered
+    assert torch.equal(layout.block_bounds(True), layout_bounds.block_bounds(layout, True))
+    assert torch.equal(layout.column_bounds(True), layout_bounds.column_bounds(layout, True))
+
+
+@pytest.mark.parametrize("local_blocks", [0, 2, 5])
+@pytest.mark.parametrize("case", ["ragged", "chunk-off-the-grid", "gqa"])
+def test_wider_neighbourhood_under_the_published_rule(case, local_blocks):
+    case = dict(Hq=2, Hkv=2) | CASES[case]
+    q, k, _ = make(1, case["Hq"], case["Hkv"], case["L"], case["S"])
+    literal = anchor(q, k, block=8, step=2, init_blocks=1, local_blocks=local_blocks, scale=32**-0.5)
+    layout = plan_of(q, k, theta=8.0, local_blocks=local_blocks, **SMALL).layout.check()
+    kept, offered = assert_lists_follow(lists_of(layout), literal, 8.0, 1e-9)
+    assert 0 < kept < offered
+    for i in range(case["L"]):
+        seen = layout.to_dense(True)[0, 0, i].nonzero().flatten().tolist()
+        assert set(seen) >= literal[0, 0, i // 16][0][i]
+
+
+RECALL_CASES = {
+    "square": dict(L=160, S=160),
+    "ragged": dict(L=149, S=149),
+    "chunk-off-the-grid": dict(L=67, S=150),
+    "gqa-step-2": dict(L=150, S=150, Hq=4, Hkv=2, step=2),
+    "one-sample": dict(L=100, S=100, samples=1),
+    "one-query": dict(L=1, S=77),
+}
+
+
+@pytest.mark.parametrize("recall", [0.95, 0.99])
+@pytest.mark.parametrize("case", RECALL_CASES.values(), ids=RECALL_CASES)
+def test_recall_sets_theta_by_what_samples_keep_for_each_other(case, recall, monkeypatch):
+    case = dict(Hq=2, Hkv=2, step=1, samples=4) | case
+    q, k, _ = make(1, case["Hq"], case["Hkv"], case["L"], case["S"])
+    shape = dict(step=case["step"], init_blocks=1, samples=case["samples"], local_blocks=2)
+    thetas = recall_thetas(q, k, block=8, scale=32**-0.5, recall=recall, **shape)
+    literal = anchor(q, k, block=8, scale=32**-0.5, reference="all", **shape)
+    config = dict(block_size=8, recall=recall, **shape)
+    for chunk in (1 << 20, 700, 1):  # all superblocks at once, a few, one by one
+        monkeypatch.setattr(anchor_sampled, "_CHUNK_CPU", chunk)
+        lists = lists_of(plan_of(q, k, **config).layout.check())
+        for at, (_, gaps) in literal.items():
+            want = [j for j, gap in gaps.items() if gap <= thetas[at] + 1e-12]
+            assert lists[at] == want, at
+    if case["samples"] > 1 and case["L"] > 1:
+        assert len(set(thetas.values())) > 1
+    else:  # nobody can speak for a sample that is alone: the anchor reaches the share, or nothing does
+        assert set(thetas.values()) <= {0.0, math.inf}
+
+
+def test_later_queries_do_not_change_earlier_lists():
+    q, k, _ = make(1, 2, 2, 160, 160)
+    config = dict(block_size=8, step=1, samples=4, recall=0.97)
+    whole = lists_of(plan_of(q, k, **config).layout)
+    part = lists_of(plan_of(q[:, :, :120], k[:, :, :120], **config).layout)
+    assert all(whole[at] == part[at] for at in part) and any(part.values())
+
+
+def test_recall_rises_with_what_is_asked_and_is_about_reached():
+    q, k, v = make(1, 4, 2, 512, 512, dtype=torch.float32)
+    config = dict(block_size=16, step=1, samples=4, enable_gqa=True, return_lse=True)
+    means = []
+    for recall in (0.7, 0.9, 0.98):
+        _, lse = sa.anchor_attention(q, k, v, recall=recall, **config)
+        means.append(torch.exp(lse - dense_lse(q, k)).mean().item())
+    assert means == sorted(means) and means[0] > 0.65 and means[1] > 0.85 and 0.95 < means[2] < 1
+
+
+def test_sampled_options_keep_the_sentinels():
+    q, k, v = make(2, 4, 2, 91, 110)
+    common = dict(samples=4, **SMALL, enable_gqa=True)
+    causal = torch.ones(91, 110).tril(19).bool()
+    dense = scaled_dot_product_attention(q, k, v, attn_mask=causal, enable_gqa=True)
+    out = sa.anchor_attention(q, k, v, theta=math.inf, **common)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-12)
+    for nothing in (dict(), dict(samples=None)):
+        columns = plan_of(q, k, theta=-math.inf, **SMALL, **(dict(samples=4) | nothing)).layout.columns
+        assert columns.offsets[-1] == 0
+    own = lists_of(plan_of(q, k, theta=3.0, samples=4, **SMALL).layout)
+    shared = lists_of(plan_of(q, k, theta=3.0, samples=4, share_kv_group=True, **SMALL).layout)
+    for (b, kv, g), listed in shared.items():
+        assert listed == sorted({*own[b, 2 * kv, g], *own[b, 2 * kv + 1, g]})
+    auto = lists_of(plan_of(q, k, theta="auto", eps=0.5, samples=4, **SMALL).layout)
+    per_head = torch.tensor([-math.inf, 3.0, 3.0, math.inf], dtype=torch.float64)
+    by_head = lists_of(plan_of(q, k, theta=per_head, samples=4, **SMALL).layout)
+    for b, h, g in own:
+        offered = AnchorRegions(91, 110, 8, 2, 1).offered_keys(g)
+        want = {0: [], 1: own[b, 1, g], 2: own[b, 2, g], 3: list(offered)}[h]
+        assert by_head[b, h, g] == want
+        if offered:
+            alone = plan_of(q, k, theta=math.log(len(offered) / 0.5), samples=4, **SMALL).layout
+            assert auto[b, h, g] == lists_of(alone)[b, h, g]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -273,17 +389,19 @@ KERNEL_CASES = {
     "bf16-gqa-chunk": dict(L=75, S=150, Hq=2, Hkv=1, dtype=torch.bfloat16, step=3),
     "fp16-lse-shared": dict(L=150, S=150, Hq=2, Hkv=1, dtype=torch.float16, reference="lse", share=True),
     "two-init-D48": dict(L=90, S=133, D=48, dtype=torch.bfloat16, init_blocks=2),
+    "no-local": dict(L=140, S=150, dtype=torch.float32, local_blocks=0),
+    "three-local": dict(L=150, S=171, dtype=torch.float32, local_blocks=3),
 }
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES.values(), ids=KERNEL_CASES)
 def test_triton_selection_gives_the_portable_lists(case):
     kernels = pytest.importorskip("sparse_attn.kernels.anchor_select")
-    case = dict(Hq=1, Hkv=1, D=32, step=2, init_blocks=1, reference="max", share=False) | case
+    case = dict(Hq=1, Hkv=1, D=32, step=2, init_blocks=1, reference="max", share=False, local_blocks=1) | case
     device = "cuda" if torch.cuda.is_available() else "cpu"
     q, k, _ = make(1, case["Hq"], case["Hkv"], case["L"], case["S"], case["D"], case["dtype"])
     q, k = q.to(device), k.to(device)
-    regions = AnchorRegions(case["L"], case["S"], 16, case["step"], case["init_blocks"])
+    regions = AnchorRegions(case["L"], case["S"], 16, case["step"], case["init_blocks"], case["local_blocks"])
     scale = case["D"] ** -0.5
     anchor, mean = portable.pool_anchor(q, k, regions, scale, case["reference"])
     ours, parts = kernels.pool_anchor(q, k, regions, scale, case["reference"])
@@ -315,7 +433,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("shape", [dict(), dict(theta="auto", reference="lse", share_kv_group=True)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(),
+        dict(theta="auto", reference="lse", share_kv_group=True),
+        dict(theta=4.0, samples=4, reference="all", local_blocks=2),
+    ],
+)
 def test_gpu_output_is_that_of_the_reference(shape):
     q, k, v = (x.cuda() for x in make(1, 4, 2, 1000, 1500, 64, torch.float32))
     common = dict(block_size=64, step=4, enable_gqa=True, return_stats=True) | dict(theta=7.0) | shape
@@ -370,9 +495,18 @@ def test_compiles_whole(capacity):
 @pytest.mark.plain_empty
 def test_selection_passes_opcheck():
     q, k, _ = make(1, 2, 1, 40, 60, dtype=torch.float32)
-    arguments = (q, k, torch.full((2, 1), 6.0), 0.0, 8, 2, 1, 32**-0.5, False, False)
+    arguments = (q, k, torch.full((2, 1), 6.0), 0.0, 8, 2, 1, 1, 32**-0.5, "max", None, None, False)
     for capacity in (None, 500):
         torch.library.opcheck(torch.ops.sparse_attn.anchor_columns.default, (*arguments, capacity))
+    arguments = (q, k, None, 6.0, 8, 2, 1, 2, 32**-0.5, "all", 3, 0.8, False, None)
+    torch.library.opcheck(torch.ops.sparse_attn.anchor_columns.default, arguments)
+
+
+def test_kernels_say_that_samples_are_not_theirs():
+    q, _, _ = make(1, 1, 1, 64, 64, dtype=torch.float32)
+    regions = AnchorRegions(64, 64, 16, 2, 1)
+    assert not any("samples" in x for x in portable.why_not_kernels(q, regions, 1.0))
+    assert any("samples" in x for x in portable.why_not_kernels(q, regions, 1.0, samples=4))
 
 
 def test_is_registered():
@@ -393,6 +527,11 @@ BAD = {
     "eps": (dict(theta="auto", eps=0.0), "eps"),
     "not-causal": (dict(is_causal=False), "causal"),
     "capacity": (dict(capacity=0), "capacity"),
+    "local_blocks": (dict(local_blocks=-1), "local_blocks"),
+    "samples": (dict(samples=0), "samples"),
+    "all-pooled": (dict(reference="all"), "needs samples"),
+    "recall-pooled": (dict(recall=0.9), "recall needs samples"),
+    "recall-one": (dict(recall=1.0, samples=4), "between 0 and 1"),
 }
 
 

@@ -41,19 +41,46 @@ class AnchorConfig:
     eps: float = 0.01
     share_kv_group: bool = False
     capacity: int | None = None
+    local_blocks: int = 1
+    samples: int | None = None
+    recall: float | None = None
 
     def __post_init__(self) -> None:
         problems = _problems_of_theta(self.theta)
-        for name, least in (("block_size", 1), ("step", 1), ("init_blocks", 0), ("capacity", 1)):
+        least_of = {
+            "block_size": 1,
+            "step": 1,
+            "init_blocks": 0,
+            "capacity": 1,
+            "local_blocks": 0,
+            "samples": 1,
+        }
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 problems.append(f"{name} is {value}; it must be at least {least}")
-        if self.reference not in ("max", "lse"):
-            problems.append(f"reference is {self.reference!r}; use 'max' or 'lse'")
+        problems += _problems_of_rule(self.samples, self.reference, self.recall)
         if not 0 < self.eps < 1:
             problems.append(f"eps is {self.eps}; it must lie between 0 and 1")
         if problems:
             raise ValueError(f"{_OP}: {'; '.join(problems)}.")
+
+    def regions(self, L: int, S: int) -> AnchorRegions:
+        return AnchorRegions(L, S, self.block_size, self.step, self.init_blocks, self.local_blocks)
+
+
+def _problems_of_rule(samples: int | None, reference: str, recall: float | None) -> list[str]:
+    problems = []
+    if reference not in ("max", "lse", "all"):
+        problems.append(f"reference is {reference!r}; use 'max' or 'lse', or, with samples, 'all'")
+    elif reference == "all" and samples is None:
+        problems.append("reference='all' needs samples=4 or so: a mean query has no softmax of its own")
+    if recall is not None:
+        if not 0 < recall < 1:
+            problems.append(f"recall is {recall}; it must lie between 0 and 1")
+        if samples is None:
+            problems.append("recall needs samples=4 or so, the queries that it is measured on")
+    return problems
 
 
 def _problems_of_theta(theta: Any) -> list[str]:
@@ -111,11 +138,13 @@ def select(
             "before). Use sparsed_attention or vdit_attention for bidirectional models."
         )
     L, S = query.shape[2], key.shape[2]
-    regions = AnchorRegions(L, S, config.block_size, config.step, config.init_blocks)
+    regions = config.regions(L, S)
     theta = _theta(config, query, regions)
+    reference = config.reference if config.recall is None else "all"
     columns = select_columns(
-        query, key, regions, theta, scale, config.reference, config.share_kv_group, config.capacity
-    )
+        query, key, regions, theta, scale, reference, config.samples, config.recall, config.share_kv_group,
+        config.capacity,
+    )  # fmt: skip
     heads = columns.rows // (query.shape[0] * regions.num_superblocks)
     blocks, bounds = regions.block_list(query.shape[0] * heads, query.device)
     shape = (config.block_size, config.block_size, L, S, query.shape[0], heads)
@@ -170,6 +199,9 @@ def anchor_attention(
     eps: float = 0.01,
     share_kv_group: bool = False,
     capacity: int | None = None,
+    local_blocks: int = 1,
+    samples: int | None = None,
+    recall: float | None = None,
     is_causal: bool = True,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -180,12 +212,14 @@ def anchor_attention(
     """Causal prefill attention over an anchor and the stripes near it (AnchorAttention, arXiv 2505.23520).
 
     `step` blocks of `block_size` queries form a superblock. Its anchor is the first `init_blocks` key
-    blocks, the block before the superblock, and the superblock itself up to the diagonal. With
+    blocks, the `local_blocks` before the superblock, and the superblock itself up to the diagonal. With
     x_a(i) = max over the anchor of scale * q_i . k_j, a key j outside the anchor is read by the whole
     superblock if, for one of its query blocks::
 
         mean_i(x_a(i)) - scale * mean_i(q_i) . k_j <= theta
 
+    With `samples` it is read if for one of the sampled queries i, each by itself,
+    x_a(i) - scale * q_i . k_j <= theta (an extension; docs/methods_anchor.md has what it gains).
     Attention over anchor and stripes is then exact. theta = inf is dense attention, theta = -inf sink
     and neighbourhood alone. Any L and S; for L != S (a chunk of a prompt) superblocks count from the
     chunk's first query, and where S - L is no multiple of `block_size` the block "before" grows to
@@ -200,13 +234,17 @@ def anchor_attention(
         step: query blocks that share a list; default 16.
         init_blocks: first key blocks that every query reads; default 1.
         reference: "max", or "lse": x_a is the anchor's log-sum-exp, which keeps fewer keys at equal
-            theta.
+            theta; with `samples` also "all": the log-sum-exp of all keys that the query sees.
         eps: for theta="auto", the share of mass that dropped keys may hold; default 0.01.
         share_kv_group: the query heads of a key head share the union of their lists; default each
             has its own.
         capacity: entries set aside for all lists together, so that the host need not wait to learn
             their number (CUDA graphs). What does not fit is lost; `layout.check()` tells. Default: as
             many as are needed.
+        local_blocks: key blocks before a superblock that its queries read whole; default 1.
+        samples: how many queries of a block identify keys, each by itself; default None: their mean does.
+        recall: with `samples`, instead of theta: the share of attention mass to keep. Each head's theta
+            follows from what the lists of some sampled queries keep for the others.
         is_causal: must be True; query i sees keys j <= i + S - L, **bottom-right aligned**.
         scale: multiplies q.k; default D ** -0.5.
         enable_gqa: allow Hq to be a multiple of Hkv.
@@ -224,7 +262,10 @@ def anchor_attention(
     Example:
         >>> out = anchor_attention(q, k, v, theta=12.0)
     """
-    config = AnchorConfig(theta, block_size, step, init_blocks, reference, eps, share_kv_group, capacity)
+    config = AnchorConfig(
+        theta, block_size, step, init_blocks, reference, eps, share_kv_group, capacity, local_blocks,
+        samples, recall,
+    )  # fmt: skip
     check_inputs(_OP, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = select(query, key, config, is_causal=is_causal, scale=scale)
@@ -237,8 +278,7 @@ def anchor_attention(
     if return_lse:
         parts.append(result.lse)
     if return_stats:
-        regions = AnchorRegions(query.shape[2], key.shape[2], block_size, step, init_blocks)
-        parts.append(_stats(plan.layout, regions))
+        parts.append(_stats(plan.layout, config.regions(query.shape[2], key.shape[2])))
     return tuple(parts)
 
 

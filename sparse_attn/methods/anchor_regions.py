@@ -20,11 +20,12 @@ class AnchorRegions:
     `g * step * block` on; its first query stands at p. Then, in key blocks:
 
     * the first `init_blocks`, as far as they lie before the rest;
-    * from `first_local(g)` = p // block - 1 up to the diagonal;
+    * from `first_local(g)` = p // block - local_blocks up to the diagonal;
     * what lies between the two is offered to the list of the superblock, and lies wholly before p.
 
     Attributes:
-        L, S: query and key length. block: `block_size`. step, init_blocks: as in `anchor_attention`.
+        L, S: query and key length. block: `block_size`. step, init_blocks, local_blocks: as in
+            `anchor_attention`.
     """
 
     L: int
@@ -32,6 +33,7 @@ class AnchorRegions:
     block: int
     step: int
     init_blocks: int
+    local_blocks: int = 1
 
     @property
     def shift(self) -> int:
@@ -47,7 +49,7 @@ class AnchorRegions:
 
     def first_local(self, g: int) -> int:
         """First key block of the neighbourhood of superblock g."""
-        return max((g * self.step * self.block + self.shift) // self.block - 1, 0)
+        return max((g * self.step * self.block + self.shift) // self.block - self.local_blocks, 0)
 
     def init_end(self, g: int) -> int:
         """End of the first key blocks, before the neighbourhood, of superblock g."""
@@ -76,7 +78,8 @@ class AnchorRegions:
         """`first_local` and `init_end` of the superblock of each query block: int64 [Lb]."""
         superblock = torch.arange(self.num_query_blocks, device=device) // self.step
         position = superblock * self.step * self.block + self.shift
-        first_local = (torch.div(position, self.block, rounding_mode="floor") - 1).clamp(min=0)
+        at = torch.div(position, self.block, rounding_mode="floor")
+        first_local = (at - self.local_blocks).clamp(min=0)
         return first_local, first_local.clamp(max=self.init_blocks)
 
     def block_list(self, copies: int, device: torch.device) -> tuple[IndexList, Tensor]:

@@ -1,6 +1,8 @@
-"""AnchorAttention's selection: one operator, and its two passes in plain PyTorch for any device and size.
+"""AnchorAttention's selection: one operator, and the published rule's two passes in plain PyTorch for any
+device and size.
 
-`sparse_attn.kernels.anchor_select` holds the same two passes for GPUs.
+`sparse_attn.kernels.anchor_select` holds the same two passes for GPUs, `anchor_sampled` the identification by
+single queries.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import torch
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
+from sparse_attn.methods.anchor_lists import ListFiller, work_dtype
 from sparse_attn.methods.anchor_regions import AnchorRegions
+from sparse_attn.methods.anchor_sampled import Sampling, fill_sampled
 
 # One opaque operator, so that torch.compile sees neither the kernels nor a size that depends on data.
 torch.library.define(
     "sparse_attn::anchor_columns",
-    "(Tensor q, Tensor k, Tensor? thetas, float theta, int block, int step, int init_blocks, float scale, "
-    "bool use_lse, bool share_kv_group, int? capacity) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor? thetas, float theta, int block, int step, int init_blocks, "
+    "int local_blocks, float scale, str reference, int? samples, float? recall, bool share_kv_group, "
+    "int? capacity) -> (Tensor, Tensor)",
 )
 
 
@@ -30,15 +35,18 @@ def select_columns(
     theta: float | Tensor,
     scale: float,
     reference: str,
+    samples: int | None,
+    recall: float | None,
     share_kv_group: bool,
     capacity: int | None,
 ) -> IndexList:
-    """Both passes: the columns of every superblock.
+    """The columns of every superblock.
 
     Args:
         query: [B, Hq, L, D]; key: [B, Hkv, S, D].
         theta: a number or a tensor that broadcasts to [B, Hq, Lb].
-        reference, share_kv_group, capacity: as in `anchor_attention`.
+        reference, recall, share_kv_group, capacity: as in `anchor_attention`.
+        samples: queries of a block that identify keys; None: their mean does.
 
     Returns:
         columns with rows = B * H' * superblocks and group = step, H' = Hkv if shared, else Hq.
@@ -46,33 +54,40 @@ def select_columns(
     thetas, number = (theta, 0.0) if isinstance(theta, Tensor) else (None, theta)
     with torch.no_grad():
         offsets, indices = torch.ops.sparse_attn.anchor_columns(
-            query, key, thetas, number, regions.block, regions.step, regions.init_blocks, scale,
-            reference == "lse", share_kv_group, capacity,
+            query, key, thetas, number, regions.block, regions.step, regions.init_blocks,
+            regions.local_blocks, scale, reference, samples, recall, share_kv_group, capacity,
         )  # fmt: skip
     return IndexList(offsets, indices, regions.step)
 
 
 def _anchor_columns(
-    q, k, thetas, theta, block, step, init_blocks, scale, use_lse, share_kv_group, capacity
-) -> tuple[Tensor, Tensor]:
-    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks)
+    q, k, thetas, theta, block, step, init_blocks, local_blocks, scale, reference, samples, recall,
+    share_kv_group, capacity,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks, local_blocks)
     pool, fill = pool_anchor, fill_columns
-    if q.is_cuda and not why_not_kernels(q, regions, scale):
+    if q.is_cuda and not why_not_kernels(q, regions, scale, samples):
         from sparse_attn.kernels import anchor_select as kernels
 
         pool, fill = kernels.pool_anchor, kernels.fill_columns
+    limit = theta if thetas is None else thetas
     # Autocast would turn the float32 products of the comparison into 16 bit.
     with torch.autocast(q.device.type, enabled=False):
-        anchor, pooled = pool(q, k, regions, scale, "lse" if use_lse else "max")
-        at_least = anchor - (theta if thetas is None else thetas)
+        if samples is not None:
+            sampling = Sampling(samples, reference, recall)
+            lists = fill_sampled(q, k, limit, regions, scale, sampling, share_kv_group, capacity)
+            return lists.offsets, lists.indices
+        anchor, pooled = pool(q, k, regions, scale, reference)
+        at_least = anchor - limit
         lists = fill(pooled, k, at_least, regions, scale, share_kv_group, capacity)
     return lists.offsets, lists.indices
 
 
 def _anchor_columns_fake(
-    q, k, thetas, theta, block, step, init_blocks, scale, use_lse, share_kv_group, capacity
-) -> tuple[Tensor, Tensor]:
-    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks)
+    q, k, thetas, theta, block, step, init_blocks, local_blocks, scale, reference, samples, recall,
+    share_kv_group, capacity,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    regions = AnchorRegions(q.shape[2], k.shape[2], block, step, init_blocks, local_blocks)
     heads = k.shape[1] if share_kv_group else q.shape[1]
     if capacity is None:
         capacity = torch.library.get_ctx().new_dynamic_size(min=1)
@@ -84,9 +99,13 @@ torch.library.impl("sparse_attn::anchor_columns", ("CPU", "CUDA"), _anchor_colum
 torch.library.register_fake("sparse_attn::anchor_columns", _anchor_columns_fake)
 
 
-def why_not_kernels(query: Tensor, regions: AnchorRegions, scale: float) -> list[str]:
-    """Reasons why the Triton selection cannot run; [] means it can."""
+def why_not_kernels(
+    query: Tensor, regions: AnchorRegions, scale: float, samples: int | None = None
+) -> list[str]:
+    """Reasons why the Triton selection cannot run; [] means it can. The PyTorch one runs then."""
     reasons = [] if _has_triton() else ["Triton is not installed"]
+    if samples is not None:
+        reasons.append("samples is in PyTorch only: the kernels know means of blocks")
     if regions.block not in (16, 32, 64, 128):
         reasons.append(f"block_size {regions.block} is not 16, 32, 64 or 128")
     most = 128 if query.shape[-1] <= 128 else 32  # mean queries of a superblock that shared memory holds
@@ -116,10 +135,10 @@ def pool_anchor(
     Returns:
         anchor [B, Hq, Lb], -inf for a block with a query that sees no key, and the mean query
         [B, Hq, Lb, D]; float32 (float64 for float64 input). The largest buffer is
-        [B, Hq, block, (init_blocks + step + 2) * block].
+        [B, Hq, block, (init_blocks + local_blocks + step + 1) * block].
     """
     B, Hq, _, D = query.shape
-    Hkv, work = key.shape[1], _work_dtype(query)
+    Hkv, work = key.shape[1], work_dtype(query)
     anchor = torch.empty(B, Hq, regions.num_query_blocks, dtype=work, device=query.device)
     pooled = torch.empty(B, Hq, regions.num_query_blocks, D, dtype=work, device=query.device)
     for i, g, start, stop in regions.query_blocks():
@@ -168,7 +187,7 @@ def fill_columns(
     B, Hq, _, D = pooled.shape
     Hkv, group = key.shape[1], Hq // key.shape[1]
     G, S, work = regions.num_superblocks, regions.S, pooled.dtype
-    lists = _Filler(S, capacity, key.device)
+    lists = ListFiller(S, capacity, key.device)
     for b in range(B):
         for kv in range(Hkv):
             members = slice(kv * group, (kv + 1) * group)
@@ -186,40 +205,3 @@ def fill_columns(
             for member in hits.any(0, keepdim=True) if share_kv_group else hits:
                 lists.append(member)
     return lists.finish(regions.step)
-
-
-class _Filler:
-    """Collects boolean matrices [G, S] as rows of one `IndexList`."""
-
-    def __init__(self, width: int, capacity: int | None, device: torch.device):
-        self.capacity = capacity
-        self.numbers = torch.arange(width, dtype=torch.int32, device=device)
-        self.counts: list[Tensor] = []
-        self.parts: list[Tensor] = []
-        if capacity is not None:
-            self.used = torch.zeros((), dtype=torch.int64, device=device)
-            self.indices = torch.zeros(capacity + 1, dtype=torch.int32, device=device)
-
-    def append(self, mask: Tensor) -> None:
-        self.counts.append(mask.sum(-1))
-        if self.capacity is None:
-            self.parts.append(mask.nonzero()[:, 1].to(torch.int32))
-            return
-        # Positions past the capacity, and the places of what is not listed, fall on the spare entry.
-        slot = torch.cumsum(mask.flatten(), 0) + (self.used - 1)
-        slot = slot.masked_fill_(~mask.flatten(), self.capacity).clamp_(max=self.capacity)
-        self.indices.scatter_(0, slot, self.numbers.expand_as(mask).reshape(-1))
-        self.used += self.counts[-1].sum()
-
-    def finish(self, group: int) -> IndexList:
-        counts = torch.cat(self.counts)
-        offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        if self.capacity is not None:
-            return IndexList(offsets, self.indices[:-1], group)
-        indices = torch.cat(self.parts)
-        return IndexList(offsets, indices if indices.numel() else self.numbers[:1], group)
-
-
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
