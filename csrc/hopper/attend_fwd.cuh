@@ -77,17 +77,16 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
 }
 
-// Whether all four warps of a warpgroup say yes, which only those hear that do: a warp that says no leaves a note and
-// goes on. `note` is the warpgroup's for this stage, and `stage` its number from 1.
-__device__ __forceinline__ bool unanimous(unsigned& note, unsigned stage, bool mine, int barrier) {
-  if (!__all_sync(0xffffffff, mine)) {
-    if (threadIdx.x % 32 == 0) *const_cast<volatile unsigned*>(&note) = stage;
-    __syncwarp();
-    named_arrive(barrier, 128);
-    return false;
-  }
+// The vote of a warpgroup's four warps to leave out a tile. A warp that keeps it leaves a note and goes on; one that would
+// not waits for the others, and hears whether all agree. `note` is the warpgroup's for this stage, whose number is from 1.
+__device__ __forceinline__ void vote_to_keep(unsigned& note, unsigned stage, int barrier) {
+  if (threadIdx.x % 32 == 0) *const_cast<volatile unsigned*>(&note) = stage;
+  __syncwarp();
+  named_arrive(barrier, 128);
+}
+__device__ __forceinline__ bool all_vote_to_skip(const unsigned& note, unsigned stage, int barrier) {
   named_sync(barrier, 128);
-  return *const_cast<volatile unsigned*>(&note) != stage;
+  return *const_cast<const volatile unsigned*>(&note) != stage;
 }
 
 // One consumer warpgroup. Its life is one stream of stages over all its items: the product Q K of a stage is
@@ -100,7 +99,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   const bool elected = threadIdx.x % 128 == 0;
   float o[K::HEAD_DIM / 2], s[BLOCK_N / 2];
   uint32_t probabilities[BLOCK_N / 16][4];
-  constexpr SoftmaxState kNothing = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {-INFINITY, -INFINITY}};
+  constexpr SoftmaxState kNothing = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {}};
   SoftmaxState state = kNothing;
   Work work;
   float skip_below = 0.f;  // in units of the unscaled scores
@@ -109,11 +108,12 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   unsigned turn = 0;      // items taken so far: the current one and those before it
   // P V not issued yet: whether there is one, where V is, and whether its stage is this warpgroup's alone. Without SKIP
   // there always is one after the first stage.
-  int is_pending = 0;
+  bool is_pending = false;
   Ring<K::kValueStages> pending;
   bool is_pending_alone = false;
   int has_output = 0;  // o holds something of this item
-  bool k_ready = false, v_ready = false;  // of the next visit, seen already
+  bool is_ready = false;  // K and V of the next visit are there
+  uint8_t* kept = nullptr;  // where this thread notes what tiles of its row were kept
 
   auto next_work = [&] {
     mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
@@ -144,7 +144,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     const int query = item.first_query[0] + row;
 
     if (i == 0) mbarrier_wait(&shared.q_full[tile], ((turn - 1) / kTiles) & 1);
-    if (kBoundary || !k_ready) mbarrier_wait(&shared.k_full[slot], phase);
+    if (kBoundary || !is_ready) mbarrier_wait(&shared.k_full[slot], phase);
     if constexpr (K::COLUMNS) fence_async_proxy();
     int words[K::kEntries];
     if constexpr (kMasked || K::SKIP) {
@@ -152,14 +152,16 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       for (int e = 0; e < K::kEntries; ++e) words[e] = shared.words[slot][e];
     }
 
-    named_sync(kTurnBarrier + group, kConsumers);
+    if constexpr (K::TURNS) named_sync(kTurnBarrier + group, kConsumers);
     multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[slot]);
     if constexpr (kPending) {
-      if (kBoundary || K::SKIP || !v_ready) mbarrier_wait(&shared.v_full[v_slot], pending.phase());
-      if constexpr (K::COLUMNS) fence_async_proxy();
+      if (kBoundary || !is_ready) {
+        mbarrier_wait(&shared.v_full[v_slot], pending.phase());
+        if constexpr (K::COLUMNS) fence_async_proxy();  // else the one above was late enough
+      }
       multiply_pv<K>(o, probabilities, shared.v[v_slot], has_output);
     }
-    named_arrive(kTurnBarrier + 1 - group, kConsumers);
+    if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
 
     wgmma_wait<kPending ? 1 : 0>();
     pin(s);
@@ -168,7 +170,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         mask_columns(s, p, shared.columns[K::COLUMNS ? slot : 0], query, lane);
         named_sync(kGatherBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
       } else {
-        mask_blocks<K>(s, p, words, query, group, lane);
+        mask_blocks<K>(s, p, words, item.first_query[0], group);
       }
     }
     release(&shared.k_empty[slot], is_alone);
@@ -177,69 +179,80 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     if constexpr (kBoundary) fresh = kNothing;
     float largest[2], rescale[2];
     thread_maxima(largest, s);
-    bool is_kept = true, moves = false;
+    bool votes_to_skip = false;
     if constexpr (K::SKIP) {
-      bool skips = true;
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        skips &= query + 8 * r >= p.L || largest[r] < fresh.seen[r] + skip_below || largest[r] == -INFINITY;
-      is_kept = !unanimous(shared.keeps[group][step % 4], step + 1, skips, kVoteBarrier + group);
+      if constexpr (kBoundary) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
+      unsigned& note = shared.keeps[group][step % 4];
+      votes_to_skip = __all_sync(0xffffffff, largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1]);
+      if (!votes_to_skip) vote_to_keep(note, step + 1, kVoteBarrier + group);
+      else votes_to_skip = all_vote_to_skip(note, step + 1, kVoteBarrier + group);
     }
     auto finish_product = [&] {
       if constexpr (kPending) {
-        // The exponentials so far come first, while the matrix unit works on P V.
-        if (is_kept) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
         wgmma_wait<0>();
         pin(o);
         release(&shared.v_empty[v_slot], is_pending_alone);
         has_output = 1;
       }
     };
-    if (is_kept) {
-      moves = move_maxima<kBoundary, kMasked>(largest, fresh, rescale, p);
-      exponentials<Element, kMasked>(s, probabilities, fresh, p.scale_log2, finish_product);
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        if (K::SKIP) fresh.seen[r] = fmaxf(fresh.seen[r], quad_max(largest[r]));
-    } else {
-      finish_product();
-    }
-    // Asked now, the answers are there when the next visit starts.
     const unsigned next = position + (K::ROUNDS && i + 1 >= item.unmasked ? group : 0);
-    k_ready = mbarrier_test(&shared.k_full[next % K::kKeyStages], (next / K::kKeyStages) & 1);
-    v_ready = mbarrier_test(&shared.v_full[own.slot()], own.phase());
-    if constexpr (kBoundary) {
-      if (turn > 1) leave_output<K>(p, shared, work, o, state, group, turn % kTiles);
-      has_output = 0;
-    }
-    state = fresh;
-    if (is_kept) {
+    uint64_t* const next_k = &shared.k_full[next % K::kKeyStages];
+    const int next_k_phase = (next / K::kKeyStages) & 1;
+    auto finish_item = [&] {
+      if constexpr (kBoundary) {
+        if (turn > 1) leave_output<K>(p, shared, work, o, state, group, turn % kTiles);
+        has_output = 0;
+      }
+    };
+    if (!K::SKIP || !votes_to_skip) {
+      const bool moves = move_maxima<kBoundary, kMasked>(largest, fresh, rescale, p);
+      if constexpr (K::SKIP) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + skip_below);
+      }
+      exponentials<Element, kMasked>(s, probabilities, fresh, p.scale_log2, [&] {
+        // The exponentials so far come first, while the matrix unit works on P V.
+        if constexpr (kPending) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
+        finish_product();
+      });
+      // Asked now, the answer is there when the next visit starts.
+      is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase());
+      finish_item();
+      state = fresh;
       if ((kPending || K::SKIP) && !kBoundary && moves) rescale_output<K::HEAD_DIM>(o, rescale);
       pending = own;
       is_pending_alone = is_alone;
+      is_pending = true;
       if constexpr (K::SKIP) {
-        if (p.kept != nullptr && elected && item.first_query[0] < p.L) {
-          const int64_t block_row = (int64_t(item.batch) * p.q_heads + item.head) * p.num_query_blocks +
-                                    item.first_query[0] / 64;
-          p.kept[block_row * p.num_key_blocks + (words[0] >> 2)] = 1;
-        }
+        if (kept != nullptr) kept[words[0] >> 2] = 1;
       }
-    } else {  // V comes all the same
+    } else {
+      finish_product();
+      // V comes all the same.
       if (elected) mbarrier_wait(&shared.v_full[own.slot()], own.phase());
       release(&shared.v_empty[own.slot()], is_alone);
+      is_ready = false;
+      finish_item();
+      state = fresh;
+      is_pending = false;
     }
-    is_pending = is_kept;
   };
   auto visit = [&](const Work& item, int i, bool is_alone, auto masked, auto boundary) {
     if (!K::SKIP || uniform(is_pending)) visit_one(item, i, is_alone, masked, boundary, True{});
     else visit_one(item, i, is_alone, masked, boundary, False{});
   };
   auto read_limit = [&](const Work& item) {
-    if constexpr (K::SKIP) skip_below = p.skip_below[item.batch * p.q_heads + item.head] / p.scale;
+    if constexpr (K::SKIP) {
+      const int batch_head = item.batch * p.q_heads + item.head;
+      skip_below = p.skip_below[batch_head] / p.scale;
+      kept = nullptr;
+      if (p.kept != nullptr && elected && item.first_query[0] < p.L)
+        kept = p.kept + (int64_t(batch_head) * p.num_query_blocks + item.first_query[0] / 64) * p.num_key_blocks;
+    }
   };
 
-  // Ping-pong: named barrier kTurnBarrier + g lets warpgroup g issue its products; group 0 goes first.
-  if (group == 1) named_arrive(kTurnBarrier, kConsumers);
+  // Ping-pong, with TURNS: named barrier kTurnBarrier + g lets warpgroup g issue its products; group 0 goes first.
+  if (K::TURNS && group == 1) named_arrive(kTurnBarrier, kConsumers);
   work = next_work();
   if (work.is_last) return;
   read_limit(work);
@@ -249,7 +262,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     const int unmasked = work.unmasked + work.rounds;
     const int visits = K::ROUNDS ? unmasked + work.masked_rounds : work.count;
     int i = 1;
-#pragma unroll K::COLUMNS || K::SKIP ? 1 : 2
+#pragma unroll 2
     for (; i < work.unmasked; ++i) visit(work, i, false, False{}, False{});
     if constexpr (K::ROUNDS) {
 #pragma unroll 1
@@ -264,7 +277,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     else visit(next, 0, true, True{}, True{});
     work = next;
   }
-  if (!K::SKIP || uniform(is_pending)) {
+  if (!K::SKIP || is_pending) {
     mbarrier_wait(&shared.v_full[pending.slot()], pending.phase());
     if constexpr (K::COLUMNS) fence_async_proxy();
     multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);

@@ -10,9 +10,11 @@ constexpr int kConsumers = 256;
 constexpr int kChunk = 64;     // 16-bit elements of a 128-byte swizzled row
 constexpr int kTiles = 2;      // Q tiles in flight: the next item's first product starts before this one's last
 
-// K and V tiles in flight. At head size 128 shared memory holds five. Where each warpgroup has its own, V has three, since
-// it waits longest: 583 TFLOPS, with two 553 (64 x 64 lists, density 0.25). Else the third only costs (750 of 765, causal).
-constexpr int key_stages(int head_dim) { return head_dim <= 64 ? 4 : 2; }
+// K and V tiles in flight. At head size 128 shared memory holds five.
+//   rounds  each warpgroup has its own, and V waits longest: 584 TFLOPS, with two of V 553 (64 x 64 lists, density 0.25)
+//   skip    a stage that is left out needs K alone: 1061 TFLOPS, with two of K 1010 (all tiles left out)
+// Else a third only costs: 750 of 765 TFLOPS (causal), 632 of 651 (columns).
+constexpr int key_stages(int head_dim, bool skip) { return head_dim <= 64 ? 4 : skip ? 3 : 2; }
 constexpr int value_stages(int head_dim, bool rounds) { return head_dim <= 64 ? 4 : rounds ? 3 : 2; }
 
 // Registers of a producer's thread; the consumers get the rest. The least without spills: the addresses of gathered

@@ -49,17 +49,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int phase) {
       : "memory");
 }
 
-// Whether the phase is over already.
-__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, int phase) {  // the same for a whole warp
+// Whether the phases of both are over already; the same for a whole warp.
+__device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_t* b, int phase_b) {
   int done;
   asm volatile(
       "{\n"
-      ".reg .pred done;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-      "selp.s32 %0, 1, 0, done;\n"
+      ".reg .pred a, b;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 a, [%1], %2;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 b, [%3], %4;\n"
+      "and.pred a, a, b;\n"
+      "selp.s32 %0, 1, 0, a;\n"
       "}\n"
       : "=r"(done)
-      : "r"(smem_address(barrier)), "r"(phase)
+      : "r"(smem_address(a)), "r"(phase_a), "r"(smem_address(b)), "r"(phase_b)
       : "memory");
   return __all_sync(0xffffffff, done);
 }

@@ -1,6 +1,8 @@
 // The online softmax of one warpgroup, on the register layout of its matrix instruction: thread t holds
 // rows t / 32 * 16 + t % 32 / 4 (and 8 below) and, of every 8 columns, t % 4 * 2 and the next.
 #pragma once
+#include <float.h>
+
 #include "tile.cuh"
 
 namespace sparse_attn::hopper {
@@ -59,15 +61,20 @@ __device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p
 }
 
 // Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no block of this warpgroup's list.
+// first_query: of the warpgroup, whose rows all see a block that this one sees whole.
 template <typename K>
 __device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
-                                            const int (&words)[K::kEntries], int query, int group, int lane) {
-  int end[2];
-  key_ends(end, p, query);
+                                            const int (&words)[K::kEntries], int first_query, int group) {
+  const int lane = threadIdx.x % 32;
+  int end[2], first_end[2];
+  key_ends(end, p, first_query + threadIdx.x % 128 / 32 * 16 + lane / 4);
+  key_ends(first_end, p, first_query);
 #pragma unroll
   for (int e = 0; e < K::kEntries; ++e) {
     const bool is_listed = !K::SKIP || (words[e] >> group & 1);
-    const int key = is_listed ? (K::SKIP ? words[e] >> 2 : words[e]) * K::KEY_BLOCK + lane % 4 * 2 : kNoKey - BLOCK_N;
+    const int first = (K::SKIP ? words[e] >> 2 : words[e]) * K::KEY_BLOCK;
+    if (is_listed && first + K::KEY_BLOCK <= first_end[0]) continue;
+    const int key = is_listed ? first + lane % 4 * 2 : kNoKey - BLOCK_N;
 #pragma unroll
     for (int j = 0; j < K::KEY_BLOCK / 8; ++j)
 #pragma unroll
@@ -96,7 +103,7 @@ struct False { static constexpr bool value = false; };
 struct SoftmaxState {
   float maximum[2];  // that the exponentials of this thread's two rows are relative to; -inf: none yet
   float sum[2];      // of this thread's columns only
-  float seen[2];     // largest score so far of the whole row; with SKIP only
+  float limit[2];    // with SKIP only: the least score that keeps a tile
 };
 
 // The largest of this thread's scores in its two rows: in four chains a row, since each step takes the time of several.
@@ -134,6 +141,11 @@ __device__ __forceinline__ bool move_maxima(const float (&largest)[2], SoftmaxSt
     }
   }
   return moves;
+}
+
+// What a query may vote with before it has seen a key; one past the end always votes to skip.
+__device__ __forceinline__ float least_limit(const AttendFwdParams& p, int query) {
+  return query < p.L ? -FLT_MAX : INFINITY;
 }
 
 // s becomes exp(s - maximum), is added to the sums, and goes to `probabilities`, whose registers the product in
