@@ -32,6 +32,7 @@ from sparse_attn.varlen_checks import (
     same_count,
     to_host,
 )
+from sparse_attn.varlen_pages import gather_pages, needed_pages
 
 LayoutOf = Callable[[int, int], SparseLayout]
 
@@ -157,7 +158,8 @@ def sparse_attention_paged(
     """Attention of N packed query sequences over keys that lie in pages, as in vLLM. Inference only.
 
     Sequence n reads the first seqused_k[n] tokens of pages block_table[n, 0], block_table[n, 1], ...
-    Its pages are gathered for its call and freed after it; nothing else of the cache is copied.
+    Its pages are gathered for its call and freed after it; nothing else of the cache is copied. Of a method
+    that chooses by shape alone (S2) a key head's pages are read only where one of its query heads needs them.
 
     Args:
         query: [T, Hq, D] float16, bfloat16 or float32; strides free while the last is 1.
@@ -209,9 +211,9 @@ def sparse_attention_paged(
     )  # fmt: skip
 
     def gather(n: int) -> tuple[Tensor, Tensor]:
-        chosen = block_table[n, : -(-used[n] // k_cache.shape[1])]
-        k, v = (x.index_select(0, chosen).flatten(0, 1)[: used[n]] for x in (k_cache, v_cache))
-        return k, v
+        layout = each.layout_by_shape(n, query, k, q_lens[n], used[n])
+        needed = None if layout is None else needed_pages(layout, k_cache.shape[2], k_cache.shape[1])
+        return gather_pages((k_cache, v_cache), block_table[n], used[n], needed)
 
     out, lse = _attend_all(each, query, q_lens, used, v_cache.shape[-1], gather)
     return (out, lse) if return_lse else out
@@ -261,6 +263,31 @@ class _Each:
                 "one each."
             )
 
+    def layout_by_shape(self, n: int, query: Tensor, k: Tensor, L: int, S: int) -> SparseLayout | None:
+        """What sequence n will read, where that can be told before its keys are read and may be less than
+        all: a prompt without a cached prefix reads every key, at least from the block that it lies in.
+
+        Args:
+            query: [T, Hq, D]; k: [any, Hkv, any, D]; only their shapes, dtypes and device matter.
+        """
+        method = self.method
+        if not (isinstance(method, Method) and method.by_shape and L < S):
+            return None
+        if self.sparse_if is not None and not self.sparse_if(L, S):
+            return None
+        q = query[:1].transpose(0, 1)[None].expand(-1, -1, L, -1)
+        key = k[:1, :, :1].expand(-1, -1, S, -1)
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        how = {"is_causal": self.is_causal, "scale": scale, "context": self._context(n)}
+        try:
+            return method.select(q, key, self.config, **how).layout
+        except (ValueError, NotImplementedError):
+            return None  # `attend` will say the same of this sequence
+
+    def _context(self, n: int) -> Context:
+        context = self.context[n] if isinstance(self.context, Sequence) else self.context
+        return Context() if context is None else context
+
     def attend(self, n: int, q: Tensor, k: Tensor, v: Tensor) -> Attended:
         """q [1, Hq, L, D], k [1, Hkv, S, D], v [1, Hkv, S, Dv] of sequence n."""
         L, S = q.shape[2], k.shape[2]
@@ -273,9 +300,7 @@ class _Each:
         try:
             sparse = self.sparse_if is None or self.sparse_if(L, S)
             if sparse and isinstance(self.method, Method):
-                context = self.context[n] if isinstance(self.context, Sequence) else self.context
-                context = Context() if context is None else context
-                return run(self.method, q, k, v, self.config, context=context, **options)
+                return run(self.method, q, k, v, self.config, context=self._context(n), **options)
             if sparse and self.layout is not None:
                 if (L, S) not in self._layouts:
                     self._layouts[L, S] = self.layout(L, S)

@@ -23,8 +23,10 @@ from sparse_attn import (
 from sparse_attn.engines import ENGINES
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.methods.anchor import AnchorConfig
+from sparse_attn.methods.s2 import S2Config, s2_layout
 from sparse_attn.testing import assert_close, kept_mask, masked_attention, orders
 from sparse_attn.varlen import _dense_layout
+from sparse_attn.varlen_pages import needed_pages
 
 # Ragged on purpose: no queries, no keys, decoding, a whole prompt, a chunk over a longer cache, and more
 # queries than keys.
@@ -447,6 +449,54 @@ def test_chunks_over_pages_give_the_whole_prefill():
         for a, b in pairwise((0, 24, 32, 63, 64))
     ]
     torch.testing.assert_close(torch.cat(chunks), whole)
+
+
+S2_CONFIGS = {
+    "by key head": S2Config(32, 1, 4, head_shift=1),
+    "sinks, blocks below a page": S2Config(8, 2, 8, sink_blocks=2, head_shift=5),
+    "by query head": S2Config(16, 1, 8, per_query_head=True),
+    "one head dense": S2Config(64, 1, 3, num_dense_heads=1),
+    "odd blocks": S2Config(24, 1, 5),
+    "all alike": S2Config(32, 1, 4, head_shift=0),
+}
+
+
+@pytest.mark.filterwarnings("ignore:s2_attention. no head reads")
+@pytest.mark.parametrize("name", S2_CONFIGS)
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_pages_that_no_query_head_needs_are_not_read(kind, name):
+    """Of each key head: they hold nan here, which one product would spread."""
+    q_lens, k_lens, config = (1, 40, 1), (500, 300, 259), S2_CONFIGS[name]
+    query, key, value = packed(q_lens, k_lens)
+    value = value[..., :D]
+    k_cache, v_cache, table = paged(kind, key, value, k_lens)
+    unread = 0
+    for n, (L, S) in enumerate(zip(q_lens, k_lens, strict=True)):
+        layout = s2_layout(config, L, S, num_heads=HQ, num_kv_heads=HKV)
+        seen = layout.to_dense()[0].any(1)  # [heads of the layout, S]
+        seen = seen.expand(HKV, -1) if layout.heads == 1 else seen.view(HKV, -1, S).any(1)
+        num_pages = math.ceil(S / PAGE)
+        expected = torch.nn.functional.pad(seen, (0, num_pages * PAGE - S)).view(HKV, -1, PAGE).any(-1)
+        assert torch.equal(needed_pages(layout, HKV, PAGE), expected)
+        for head, page in (~expected).nonzero().tolist():
+            k_cache[table[n, page], :, head] = v_cache[table[n, page], :, head] = torch.nan
+            unread += 1
+    assert unread > 10
+    options = {
+        "method": "s2",
+        "config": config,
+        "enable_gqa": True,
+        "return_lse": True,
+        "engine": "reference",
+    }
+    out = sparse_attention_paged(
+        query, k_cache, v_cache, cu_seqlens_q=cumulative(q_lens), block_table=table,
+        seqused_k=list(k_lens), **options,
+    )  # fmt: skip
+    expected = sparse_attention_varlen(
+        query, key, value, cu_seqlens_q=cumulative(q_lens), cu_seqlens_k=cumulative(k_lens), **options
+    )
+    assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
 
 
 @pytest.mark.plain_empty

@@ -46,6 +46,7 @@ class Method:
         op: the public operator.
         causal: whether the method is made for causal attention.
         causal_only: it refuses any other.
+        by_shape: `select` reads nothing of query and key but their shapes and device.
         finish: optional (out, value, config) -> out, run after attention.
         options: names of the config's arguments. causal_default: whether `op` is causal unasked. Both are
             read off here, once, since a compiled graph cannot ask for signatures.
@@ -58,6 +59,7 @@ class Method:
     causal: bool
     finish: Callable[..., Tensor] | None = None
     causal_only: bool = False
+    by_shape: bool = False
     options: tuple[str, ...] = field(init=False, repr=False, compare=False)
     causal_default: bool = field(init=False, repr=False, compare=False)
 

@@ -410,4 +410,4 @@ def s2_attention(
     return (result.out, result.lse) if return_lse else result.out
 
 
-S2 = Method("s2", S2Config, select, s2_attention, causal=True)
+S2 = Method("s2", S2Config, select, s2_attention, causal=True, by_shape=True)

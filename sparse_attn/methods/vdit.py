@@ -281,4 +281,4 @@ def vdit_attention(
     return (result.out, result.lse) if return_lse else result.out
 
 
-VDIT = Method("vdit", VDiTConfig, select, vdit_attention, causal=False, finish=finish)
+VDIT = Method("vdit", VDiTConfig, select, vdit_attention, causal=False, finish=finish, by_shape=True)
