@@ -22,7 +22,7 @@ from sparse_attn.methods.anchor_regions import AnchorRegions
 
 THETA_STEP, THETA_STEPS = 0.5, 32  # what `recall` chooses from: 0, 0.5 .. 16, then infinity
 MEASURE_EVERY = 4  # superblocks for each that is measured; 1 gains nothing on SmolLM2 and costs a third more
-_CHUNK_CPU, _CHUNK_GPU = 1 << 20, 1 << 26  # logits held at once: what stays in a cache; what fills a GPU
+_CHUNK_CPU, _CHUNK_GPU = 1 << 18, 1 << 26  # logits held at once: what stays in a cache; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def _fill_head(
     sampling: Sampling,
 ) -> None:
     """Set `hits` [group, G, S] for the query heads of one key head; `limit` a number or [group, G]."""
+    least: Tensor | float
     group, G, R, _ = q.shape
     first = next((g for g in range(G) if regions.offered_keys(g)), G)
     chunk = max((_CHUNK_CPU if q.device.type == "cpu" else _CHUNK_GPU) // (group * R * regions.S), 1)
@@ -114,20 +115,34 @@ def _fill_head(
         # Only keys past the first query's own position are hidden from anyone.
         edge = torch.arange(a * span + regions.shift + 1, end, device=q.device)
         hidden = edge > places[a:z, :, None] + regions.shift
-        x[..., end - edge.numel() :].masked_fill_(hidden, -torch.inf)
+        # On a CPU a sum is several times faster than masked_fill_.
+        x[..., end - edge.numel() :] += torch.zeros_like(hidden, dtype=x.dtype).masked_fill_(
+            hidden, -torch.inf
+        )
+        if z * span > regions.L:  # a ragged end may have fewer samples
+            x.masked_fill_(~valid[a:z, :, None], -torch.inf)
 
         superblock = torch.arange(a, z, device=q.device)
         local = torch.div(superblock * span + regions.shift, regions.block, rounding_mode="floor")
         local = (local - regions.local_blocks) * regions.block  # [superblocks], the end of what is offered
-        reference = _reference(x, begin, local, sampling.reference)
-        gap = x[..., begin : regions.offered_keys(z - 1).stop]
-        gap = gap.sub_(reference[..., None]).masked_fill_(~valid[a:z, :, None], -torch.inf)
-        offered = torch.arange(begin, begin + gap.shape[-1], device=q.device) < local[:, None]
-        if sampling.recall is None:
-            theta = limit[:, a:z, None] if isinstance(limit, Tensor) else limit
+        stop = regions.offered_keys(z - 1).stop
+        offered = torch.arange(begin, stop, device=q.device) < local[:, None]
+        if sampling.recall is not None:
+            share = _softmax_(x)[..., begin:stop]
+            thetas = kept.theta(share, offered, valid[a:z], a, sampling.recall)
+            best, least = share.amax(2), torch.exp(-thetas)[..., None]
         else:
-            theta = kept.theta(gap, offered, valid[a:z], a, sampling.recall)[..., None]
-        hits[:, a:z, begin : begin + gap.shape[-1]] = (gap.amax(2) >= -theta) & offered
+            reference = _reference(x, begin, local, sampling.reference)
+            # A place without a sample has -inf twice.
+            best = (x[..., begin:stop] - reference[..., None]).nan_to_num_(nan=-torch.inf).amax(2)
+            least = -limit[:, a:z, None] if isinstance(limit, Tensor) else -limit
+        hits[:, a:z, begin:stop] = (best >= least) & offered
+
+
+def _softmax_(x: Tensor) -> Tensor:
+    """In place, over the last dimension; a row of -inf gives zeros."""
+    x.sub_(x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)).exp_()
+    return x.mul_(1 / x.sum(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny))
 
 
 def _reference(x: Tensor, begin: int, local: Tensor, kind: str) -> Tensor:
@@ -153,42 +168,41 @@ class _Kept:
         self.mass = torch.zeros(group, 1, THETA_STEPS + 2, dtype=torch.float64, device=like.device)
         self.samples = torch.zeros(1, dtype=torch.float64, device=like.device)
 
-    def theta(self, gap: Tensor, offered: Tensor, valid: Tensor, a: int, recall: float) -> Tensor:
+    def theta(self, share: Tensor, offered: Tensor, valid: Tensor, a: int, recall: float) -> Tensor:
         """For each superblock of a chunk that starts with number a: [group, superblocks].
 
-        gap: [group, superblocks, R, keys], the logarithm of the share of a key in a sample's mass; offered
-        [superblocks, keys]; valid [superblocks, R].
+        share: [group, superblocks, R, keys], of a key in a sample's mass; offered [superblocks, keys]; valid
+        [superblocks, R].
         """
         skip = -(a - self.first) % MEASURE_EVERY
-        if skip < gap.shape[1]:
+        if skip < share.shape[1]:
             measured = slice(skip, None, MEASURE_EVERY)
-            mass, samples = _kept_mass(gap[:, measured], offered[measured], valid[measured])
+            mass, samples = _kept_mass(share[:, measured], offered[measured], valid[measured])
             self.mass = torch.cat([self.mass, mass], 1).cumsum(1)
             self.samples = torch.cat([self.samples, samples]).cumsum(0)
         reached = self.mass.cumsum(-1) >= recall * self.samples[:, None]
-        steps = (~reached).sum(-1).to(gap.dtype)  # [group, 1 + measured]
+        steps = (~reached).sum(-1).to(share.dtype)  # [group, 1 + measured]
         thetas = torch.where(steps > THETA_STEPS, torch.inf, steps * THETA_STEP)
         # How many of the chunk's measured ones lie at or before each superblock.
-        number = torch.arange(gap.shape[1], device=gap.device)
+        number = torch.arange(share.shape[1], device=share.device)
         number = torch.div(number - skip + MEASURE_EVERY, MEASURE_EVERY, rounding_mode="floor")
         thetas = thetas[:, number]
         self.mass, self.samples = self.mass[:, -1:], self.samples[-1:]
         return thetas
 
 
-def _kept_mass(gap: Tensor, offered: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _kept_mass(share: Tensor, offered: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the samples of a superblock: mass by the least theta that keeps it, float64 [group,
     superblocks, THETA_STEPS + 2], and their number, float64 [superblocks]."""
-    gap = gap.masked_fill(~offered[:, None], -torch.inf)
-    best = gap[:, :, 0]
-    second = torch.full_like(best, -torch.inf)
-    for x in gap.unbind(2)[1:]:
+    best = share[:, :, 0]
+    second = torch.zeros_like(best)
+    for x in share.unbind(2)[1:]:
         second = torch.maximum(second, torch.minimum(best, x))
         best = torch.maximum(best, x)
     # For the sample that wants a key most the second best speaks, for all others the best.
-    total, top = gap.exp().sum(2), best.exp()
+    total, top = share.sum(2).mul_(offered), best * offered
     count = valid.sum(-1).to(torch.float64)
-    mass = torch.zeros(*best.shape[:2], THETA_STEPS + 2, dtype=torch.float64, device=gap.device)
+    mass = torch.zeros(*best.shape[:2], THETA_STEPS + 2, dtype=torch.float64, device=share.device)
     mass.scatter_add_(-1, _least_theta(best), (total - top).double())
     mass.scatter_add_(-1, _least_theta(second), top.double())
     mass[..., 0] += count - total.sum(-1, dtype=torch.float64)  # the anchor's, always kept
@@ -196,5 +210,5 @@ def _kept_mass(gap: Tensor, offered: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 def _least_theta(best: Tensor) -> Tensor:
-    """The number of the least theta >= -best."""
-    return (best * (-1 / THETA_STEP)).ceil().clamp(0, THETA_STEPS + 1).long()
+    """The number of the least theta with best >= exp(-theta)."""
+    return best.log().mul_(-1 / THETA_STEP).ceil_().clamp_(0, THETA_STEPS + 1).long()
