@@ -15,6 +15,7 @@ COMMANDS = {
     "recipe": "sparse_attn.recipe_command:recipe_command",
     "search": "sparse_attn.search.commands:search_command",
     "report": "sparse_attn.search.report:report_command",
+    "frontier": "sparse_attn.search.frontier_command:frontier_command",
     "calibrate": "sparse_attn.search.calibrate_command:calibrate_command",
 }
 
