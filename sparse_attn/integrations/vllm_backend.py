@@ -259,23 +259,29 @@ class SparseAttnImpl(TritonAttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
+        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         for segment in segments:
-            q, out = query[segment.first : segment.last], output[segment.first : segment.last]
+            q, out, length = query, output, segment.last - segment.first
+            if length < len(query):
+                q, out = query.narrow(0, segment.first, length), output.narrow(0, segment.first, length)
             rule = rules[segment.kind]
             if rule is None and runs_vllm_kernels(query):
                 super().forward(layer, q, None, None, kv_cache, segment.metadata, out)  # type: ignore[arg-type]
             else:
-                out.copy_(self._attend(rule, q, kv_cache, segment))
+                out.copy_(self._attend(rule, q, caches, segment))
         return output
 
-    def _attend(self, rule: Rule | None, query: Tensor, kv_cache: Tensor, segment: Segment) -> Tensor:
-        """[tokens, num_heads, head_size] by `sparse_attn`."""
+    def _attend(
+        self, rule: Rule | None, query: Tensor, caches: tuple[Tensor, ...], segment: Segment
+    ) -> Tensor:
+        """[tokens, num_heads, head_size] by `sparse_attn`; `caches` are keys and values, [num_pages, page_size,
+        num_kv_heads, head_size]."""
         if self.not_covered:
             raise NotImplementedError(
                 f"sparse_attn: layer {self.layer} has {self.not_covered}, which vLLM's Triton kernels run on "
                 "a GPU; there is none here."
             )
-        k_cache, v_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        k_cache, v_cache = caches
         assert segment.seqused_k is not None
         pages = {
             "cu_seqlens_q": segment.cu_seqlens_q,

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class Rule:
             out = sparse_attention_paged(
                 query, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, block_table=block_table,
                 seqused_k=seqused_k, method=self.method, config=_of_all_ranks(self.config, heads),
-                context=Context(layer=layer, head_offset=heads.offset), is_causal=True, scale=scale,
-                enable_gqa=True, engine=engine,
+                context=_context(layer, heads.offset), is_causal=True, scale=scale, enable_gqa=True,
+                engine=engine,
             )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
@@ -88,6 +89,11 @@ class Rule:
             assert isinstance(own, Tensor)
             outs.append(own[0].transpose(0, 1))
         return torch.cat(outs)
+
+
+@cache
+def _context(layer: int, head_offset: int) -> Context:
+    return Context(layer=layer, head_offset=head_offset)
 
 
 def _of_all_ranks(config: Any, heads: Heads) -> Any:

@@ -18,6 +18,7 @@ from vllm_batches import D, H, HKV, MIXED, PAGE, PREFILLS, SCALE
 from vllm_batches import Batch, assert_near, transformers, vllm, vllm_config
 # isort: on
 
+from test_transformers_cost import ops
 from vllm.config import AttentionConfig, set_current_vllm_config
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry
@@ -25,6 +26,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sparse_attn.integrations import vllm as plugin
 from sparse_attn.integrations import vllm_backend as backend
+from sparse_attn.integrations import vllm_config as vllm_config_module
 from sparse_attn.integrations.vllm_config import ENV, Heads
 from sparse_attn.methods import METHODS
 from sparse_attn.methods.anchor import AnchorConfig
@@ -318,6 +320,23 @@ def test_layers_that_no_method_covers_are_left_to_vllm(use, option, why):
 
 
 # -- the kernels that vLLM has itself -------------------------------------------------------------------
+
+
+def test_operators_of_a_layer_call_beyond_the_attention(use, monkeypatch):
+    """Views of keys and values once, of queries and output for each of several runs, and a copy each."""
+    monkeypatch.setattr(vllm_config_module, "sparse_attention_paged", lambda query, *args, **how: query)
+    for runs, slices in ((1, 0), (2, 4)):
+        batch = Batch([(40, 40), (33, 70)] if runs == 1 else [(1, 50), (40, 40)])
+        builder, layers = use({"method": "s2", "options": S2, "decode": "sparse"})
+        metadata, (impl, layer) = batch.metadata(builder), layers[0]
+        assert len(metadata.segments) == runs
+        out = torch.empty_like(batch.q)
+
+        def call(impl=impl, layer=layer, batch=batch, metadata=metadata, out=out):
+            impl.forward(layer, batch.q, None, None, batch.cache, metadata, out)
+
+        expected = {"aten::transpose": 1, "aten::split": 1, "aten::copy_": runs, "aten::slice": slices}
+        assert ops(call) == {name: n for name, n in expected.items() if n}
 
 
 @pytest.fixture
