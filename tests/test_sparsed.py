@@ -165,6 +165,37 @@ def test_selection_with_gqa_and_a_prompt_length_a_row(per_kv_head, mode) -> None
     torch.testing.assert_close(out, exact)
 
 
+@pytest.mark.parametrize("per_kv_head", [False, True], ids=["per_query_head", "per_kv_head"])
+@pytest.mark.parametrize("select_mass", [0.5, 0.9, 1.0], ids=str)
+def test_selection_by_mass_is_the_literal_one(select_mass, per_kv_head) -> None:
+    q, k, _ = small(150, batch=4, heads=6, kv_heads=2)
+    prompt_len = [0, 150, 77, 149]
+    config = SparseDConfig(block_size=16, select_mass=select_mass, per_kv_head=per_kv_head)
+    keep, *_ = reference.select(
+        q, k, prompt_len=prompt_len, select_ratio=0.3, block_size=16, mode="paper", score_scale=0.25,
+        per_kv_head=per_kv_head, select_mass=select_mass,
+    )  # fmt: skip
+    layout = sparsed_layout(q, k, config, prompt_len=torch.tensor(prompt_len)).check()
+    assert torch.equal(layout.block_mask(), keep)
+    for b, length in enumerate(prompt_len):
+        one = sparsed_layout(q[b : b + 1], k[b : b + 1], config, prompt_len=length).check()
+        assert torch.equal(one.block_mask()[0], keep[b])
+    counts = keep.sum(-1)
+    assert (counts.min() < counts.max()) == (select_mass < 1), "rows keep what they need, not a fixed count"
+
+
+def test_mass_of_a_causal_pattern_is_reached_by_every_row_of_blocks() -> None:
+    q, k, _ = small(160, heads=3)
+    config = SparseDConfig(block_size=16, select_mass=0.8)
+    layout = sparsed_layout(q, k, config, prompt_len=160, is_causal=True).check()
+    p = (q @ k.mT * 0.25).masked_fill(~torch.ones(160, 160).tril().bool(), -torch.inf).softmax(-1)
+    kept = (p * layout.to_dense(True)).sum(-1).view(3, 10, 16).mean(-1)
+    assert (kept >= 0.8 - 1e-9).all()
+    cheapest = (p * layout.to_dense(True)).view(3, 10, 16, 10, 16).sum((2, 4)) / 16
+    least = cheapest.masked_fill(~layout.block_mask()[0], torch.inf).amin(-1)
+    assert (kept - least < 0.8).all(), "one block fewer would not do"
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_selection_in_low_precision_differs_only_at_ties(dtype, mode) -> None:
@@ -404,6 +435,11 @@ def test_bad_arguments(how, message) -> None:
 def test_all_problems_are_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"skip_ratio is 2.*select_ratio is 0.*mode is 'x'"):
         SparseDConfig(2, 0, mode="x")
+
+
+def test_bad_mass_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"select_mass is 1.5.*needs mode='paper'"):
+        SparseDConfig(select_mass=1.5, mode="repo")
 
 
 def test_other_query_length_is_refused_with_the_reason() -> None:

@@ -40,6 +40,7 @@ def sparsed_attention(
     mode: str = "paper",
     score_scale: float | None = None,
     per_kv_head: bool = False,
+    select_mass: float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
@@ -61,7 +62,8 @@ def sparsed_attention(
         prompt_len: tokens before the generated ones, 0 .. L; an int, or an integer tensor [B] with one a
             row (checked against L only where that needs no synchronisation: on the CPU).
         layer: layer number; each layer has its own pattern.
-        skip_ratio, select_ratio, block_size, mode, score_scale, per_kv_head: see `SparseDConfig`.
+        skip_ratio, select_ratio, block_size, mode, score_scale, per_kv_head, select_mass: see
+            `SparseDConfig`.
         is_causal: query i sees keys j <= i. The method is made for bidirectional models: default False.
         scale: multiplies q.k; default D ** -0.5.
         enable_gqa: allow Hq to be a multiple of Hkv.
@@ -80,7 +82,7 @@ def sparsed_attention(
         >>> for step in range(64):
         ...     out = sparsed_attention(q, k, v, cache=cache, step=step, num_steps=64, prompt_len=900)
     """
-    config = SparseDConfig(skip_ratio, select_ratio, block_size, mode, score_scale, per_kv_head)
+    config = SparseDConfig(skip_ratio, select_ratio, block_size, mode, score_scale, per_kv_head, select_mass)
     check_inputs(OP, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     context = Context(layer=layer, step=step, num_steps=num_steps, prompt_len=prompt_len, cache=cache)

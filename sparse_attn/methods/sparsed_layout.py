@@ -33,6 +33,9 @@ class SparseDConfig:
             authors' LLaDA code scores with num_heads ** -0.5, their Dream code with head_dim ** -0.5.)
         per_kv_head: one pattern a key head, from the summed scores of its query heads, so that a kernel
             can read keys once a group; default: one a query head, as the paper.
+        select_mass: instead of select_ratio (an extension of mode "paper"): each query block keeps the
+            fewest blocks that hold this share of its attention mass in the prompt, and as many as hold it
+            in the generation. A row that looks at little keeps little.
     """
 
     skip_ratio: float = 0.2
@@ -41,6 +44,7 @@ class SparseDConfig:
     mode: str = "paper"
     score_scale: float | None = None
     per_kv_head: bool = False
+    select_mass: float | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -50,6 +54,11 @@ class SparseDConfig:
         ]
         if self.mode not in MODES:
             problems.append(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.select_mass is not None:
+            if not 0 < self.select_mass <= 1:
+                problems.append(f"select_mass is {self.select_mass}; it must be in (0, 1]")
+            if self.mode == "repo":
+                problems.append("select_mass needs mode='paper'; the authors' code has no such rule")
         if self.block_size < 1:
             problems.append(f"block_size is {self.block_size}; it must be at least 1")
         if self.score_scale is not None and not 0 < self.score_scale < float("inf"):
@@ -95,6 +104,8 @@ def sparsed_layout(
     | mean of the ragged last block | over its keys | over block_size keys, which biases it down |
     | no generated tokens | prompt only | the last block still counts as generation |
 
+    `select_mass` replaces the two counts of "paper".
+
     Where the repository asks for more blocks than there are (ratio 1) it crashes; here it keeps them all.
 
     Args:
@@ -122,7 +133,10 @@ def sparsed_layout(
         last = last.to(query.device)
     prompt, generation = _scores(query, key, lse, config, last, scale, is_causal)
     keep = torch.zeros(prompt.shape, dtype=torch.bool, device=query.device)
-    if config.mode == "repo":
+    if config.select_mass is not None:
+        _keep_mass(keep, prompt, 0, last, S, config)
+        most = n
+    elif config.mode == "repo":
         _keep_best(keep, prompt, 0, n, config)
         boundary = last.view(-1, 1, 1, 1) if isinstance(last, Tensor) else last
         keep &= torch.arange(n, device=query.device) < boundary
@@ -130,7 +144,10 @@ def sparsed_layout(
     else:
         _keep_best(keep, prompt, 0, last, config)
         most = _count(n, config) + 1  # of the ceilings of two parts
-    _keep_best(keep, generation, last, n, config)
+    if config.select_mass is not None:
+        _keep_mass(keep, generation, last, n, S, config)
+    else:
+        _keep_best(keep, generation, last, n, config)
     return SparseLayout.from_dense_mask(
         keep, block_m=size, block_n=size, L=S, S=S, capacity=keep[..., 0].numel() * min(most, n)
     )
@@ -217,6 +234,30 @@ def _keep_best(
     for b in range(B):
         outside = (column < starts[b]) | (column >= ends[b])
         _keep_best_rows(keep[b], scores[b], outside, counts[b], _count(n, config))
+
+
+def _keep_mass(
+    keep: Tensor, scores: Tensor, start: int | Tensor, end: int | Tensor, S: int, config: SparseDConfig
+) -> None:
+    """Set `keep` at the best scores of columns start .. end - 1 until they hold `select_mass` of the mass
+    there. Bounds as in `_keep_best`."""
+    assert config.select_mass is not None
+    n = scores.shape[-1]
+    column = torch.arange(n, device=scores.device)
+    keys = (S - column * config.block_size).clamp(max=config.block_size)  # a score is a mean over them
+    for b in range(scores.shape[0]):
+        low, high = (x[b] if isinstance(x, Tensor) else x for x in (start, end))
+        outside = (column < low) | (column >= high)
+        rows, kept = scores[b].flatten(0, 1), keep[b].view(-1, n)
+        step = max(_TOP_CHUNK // n, 1)
+        for i in range(0, rows.shape[0], step):
+            best, order = (
+                rows[i : i + step].masked_fill(outside, -torch.inf).sort(dim=-1, descending=True, stable=True)
+            )
+            mass = best.clamp(min=0) * keys[order]
+            before = mass.cumsum(-1) - mass
+            wanted = (before < config.select_mass * mass.sum(-1, keepdim=True)) & (mass > 0)
+            kept[i : i + step] |= torch.zeros_like(wanted).scatter_(-1, order, wanted)
 
 
 def _per_row(x: int | Tensor, like: Tensor) -> Tensor:

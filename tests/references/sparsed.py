@@ -39,6 +39,7 @@ def select(
     mode: str,
     score_scale: float,
     per_kv_head: bool = False,
+    select_mass: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """keep, and the prompt and generation scores it was made from (NaN where a block has none)."""
     query, key = query.double(), key.double()
@@ -63,7 +64,12 @@ def select(
                     alone = logits[:, last * block_size :].softmax(-1)  # renormalised
                     generation += pooled(alone, block_size, n, by_valid)
             for i in range(n):
-                chosen = choose(everything[i].tolist(), generation[i].tolist(), last, n, select_ratio, mode)
+                rows = everything[i].tolist(), generation[i].tolist()
+                chosen = choose(*rows, last, n, select_ratio, mode)
+                if select_mass is not None:
+                    keys = [min(block_size, L - j * block_size) for j in range(n)]
+                    chosen = fewest(rows[0][:last], keys[:last], select_mass)
+                    chosen |= {last + j for j in fewest(rows[1], keys[last:], select_mass)}
                 keep[b, h, i, sorted(chosen)] = True
             ranked = n if mode == "repo" else last
             prompt_scores[b, h, :, :ranked] = everything[:, :ranked]
@@ -93,6 +99,17 @@ def choose(
         prompt = best(everything[:last], up(last * ratio))
         part = best(generation, up((n - last) * ratio))
     return prompt | {last + j for j in part}
+
+
+def fewest(scores: list[float], keys: list[int], share: float) -> set[int]:
+    """The numbers of the largest mean scores until their sums hold `share` of all sums (our extension)."""
+    mass = [x * n for x, n in zip(scores, keys, strict=True)]
+    chosen: set[int] = set()
+    for j in sorted(range(len(scores)), key=lambda j: (-scores[j], j)):
+        if mass[j] <= 0 or sum(mass[i] for i in chosen) >= share * sum(mass):
+            break
+        chosen.add(j)
+    return chosen
 
 
 def up(x: float) -> int:

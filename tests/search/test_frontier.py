@@ -116,6 +116,13 @@ def test_the_oracle_keeps_the_fewest_blocks_that_hold_the_mass(mass, L):
             assert set(kept[h, i].nonzero().flatten().tolist()) == want
 
 
+def test_sparsed_by_mass_is_the_oracle():
+    call = call_of()
+    config = METHODS["sparsed"].config(block_size=64, select_mass=0.9)
+    chosen = Probe(Point("sparsed", "x", Candidate("x", "sparsed", config)))._plan(call).layout
+    assert torch.equal(chosen.block_mask(), oracle_layout(call, 0.9).block_mask())
+
+
 @pytest.mark.parametrize(
     "chosen",
     [
