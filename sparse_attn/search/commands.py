@@ -32,7 +32,8 @@ def search_command(
     budget: Annotated[
         str,
         typer.Option(
-            help="perplexity=1%, error=0.05 (relative, root mean square) or divergence=0.01 (nats)."
+            help="perplexity=1%, agreement=99% (of next tokens), error=0.05 (relative, root mean square) "
+            "or divergence=0.01 (nats)."
         ),
     ] = "perplexity=1%",
     tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 4096,
@@ -126,13 +127,16 @@ def parse_budget(text: str) -> Budget:
         ValueError: not of this form, or out of range.
     """
     name, _, number = text.partition("=")
-    names = {"perplexity": "perplexity", "error": "relative_error", "divergence": "divergence"}
+    names = {"perplexity": "perplexity", "error": "relative_error"}
+    names |= {name: name for name in ("divergence", "agreement")}
     try:
         value = float(number.strip().removesuffix("%")) * (0.01 if number.strip().endswith("%") else 1)
     except ValueError:
         value = -1.0
     if name.strip() not in names or not value > 0:
-        raise ValueError(f"search: --budget is {text!r}; use perplexity=1%, error=0.05 or divergence=0.01.")
+        raise ValueError(
+            f"search: --budget is {text!r}; use perplexity=1%, agreement=99%, error=0.05 or divergence=0.01."
+        )
     return Budget(**{names[name.strip()]: value})
 
 

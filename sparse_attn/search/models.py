@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_attn.recipe_model import Fingerprint, hash_tensors
 from sparse_attn.search.capture import AttentionFunction, intercept_sdpa, sdpa
+from sparse_attn.search.outcome import sdpa_layer
 
 # (layer, gradient [B, Hq, L, Dv])
 KeepGradient = Callable[[int, Tensor], None]
@@ -46,6 +47,10 @@ class Model(Protocol):
         """Mean negative log-likelihood a token, in nats, over all calibration samples; None where the
         model has none."""
 
+    def changed(self, attention: AttentionFunction) -> float | None:
+        """Share of the tokens after which another next token is the most likely one than in the dense model;
+        None where the model predicts no tokens."""
+
 
 class LanguageModel:
     """A language model of transformers.
@@ -70,6 +75,7 @@ class LanguageModel:
         self.calibration_hash = hash_tensors([ids] if check is None else [ids, check])
         self.num_samples, self.length = ids.shape
         self.device: torch.device = model.device
+        self._dense_tokens: Tensor | None = None
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
         with torch.no_grad(), _attending(self.model, attention):
@@ -104,6 +110,21 @@ class LanguageModel:
 
     def loss(self, attention: AttentionFunction) -> float | None:
         return self.loss_on(self.check, attention)
+
+    def changed(self, attention: AttentionFunction) -> float | None:
+        if self._dense_tokens is None:
+            self._dense_tokens = self.next_tokens(self.check, sdpa_layer)
+        return (self.next_tokens(self.check, attention) != self._dense_tokens).double().mean().item()
+
+    @torch.no_grad()
+    def next_tokens(self, ids: Tensor, attention: AttentionFunction) -> Tensor:
+        """int64 [samples, T]: the most likely token after each token."""
+        rows = []
+        for row in ids.split(1):
+            with _attending(self.model, attention):
+                hidden = self.model.base_model(row, use_cache=False).last_hidden_state
+            rows.append(torch.cat([self._logits(x).argmax(-1) for x in hidden[0].split(self.chunk)]))
+        return torch.stack(rows)
 
     @torch.no_grad()
     def loss_on(self, ids: Tensor, attention: AttentionFunction | None = None) -> float:
@@ -202,4 +223,7 @@ class CallableModel:
         return False
 
     def loss(self, attention: AttentionFunction) -> float | None:
+        return None
+
+    def changed(self, attention: AttentionFunction) -> float | None:
         return None

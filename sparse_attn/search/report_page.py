@@ -83,7 +83,8 @@ def _cards(report: Report) -> str:
         ]
         kept = [t for t in s["trials"] if abs(t["budget"] - s["error"]) <= 0.05 * t["budget"]]
         if kept:
-            cards.append((f"{100 * math.expm1(kept[-1]['rise']):+.2f} %", "perplexity where it was tried"))
+            cost, what = _came_of(kept[-1])
+            cards.append((cost, f"{what} where it was tried"))
     else:
         known = [x for x in layer_speedups(report) if x is not None]
         if known:
@@ -210,12 +211,18 @@ def _curve(s: dict[str, Any]) -> str:
     )
 
 
+def _came_of(trial: dict[str, float]) -> tuple[str, str]:
+    """What a recipe cost the model: a number and what it counts."""
+    if "changed" in trial:
+        return f"{100 * trial['changed']:.2f} %", "changed next tokens"
+    return f"{100 * math.expm1(trial['rise']):+.2f} %", "perplexity"
+
+
 def _trials(s: dict[str, Any]) -> str:
     if not s.get("trials"):
         return ""
     rows = "".join(
-        f"<dt>{t['budget']:.5f} nats</dt><dd>{100 * math.expm1(t['rise']):+.2f} % perplexity, "
-        f"{t['time_us'] / 1e3:.1f} ms</dd>"
+        f"<dt>{t['budget']:.5f} nats</dt><dd>{' '.join(_came_of(t))}, {t['time_us'] / 1e3:.1f} ms</dd>"
         for t in s["trials"]
     )
     note = '<p class="soft">Error budget, and what came of it.</p>'

@@ -15,18 +15,21 @@ class Budget:
         perplexity: relative rise of the perplexity over the calibration samples, 0.01 for one percent.
         divergence: sum of the estimated divergences of all heads, nats a token.
         relative_error: root mean square over all heads of |out - dense| / |dense|.
+        agreement: share of the calibration tokens, below 1, after which the most likely next token must stay
+            that of the dense model.
     """
 
     perplexity: float | None = None
     divergence: float | None = None
     relative_error: float | None = None
+    agreement: float | None = None
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in asdict(self).items() if v is not None}
-        if len(given) != 1 or not all(0 < x < math.inf for x in given.values()):
+        if len(given) != 1 or not all(0 < x < math.inf for x in given.values()) or (self.agreement or 0) >= 1:
             raise ValueError(
-                f"search: the budget is {given or 'empty'}; give one of perplexity, divergence and "
-                "relative_error, above 0."
+                f"search: the budget is {given or 'empty'}; give one of perplexity, divergence, "
+                "relative_error and agreement, above 0 (agreement: below 1)."
             )
 
 

@@ -241,8 +241,8 @@ class Search:
 
         Args:
             rule: a budget, or the paper's rule.
-            try_recipes: for a budget of perplexity: set the error budget by running recipes; otherwise (and
-                where not all layers are measured) by the usual ratio of loss to estimate.
+            try_recipes: for a budget of perplexity or agreement: set the error budget by running recipes;
+                otherwise (and where not all layers are measured) by the usual ratio of loss to estimate.
         """
         assert self.table is not None
         measured = self.measured()
@@ -270,55 +270,73 @@ class Search:
         self, rule: Budget, measured: Measured, weight: str, try_recipes: bool
     ) -> tuple[np.ndarray, list[dict[str, float]]]:
         problem = measured.problem(weight)
-        if rule.perplexity is None:
+        if rule.perplexity is None and rule.agreement is None:
             budget = rule.divergence if rule.relative_error is None else rule.relative_error**2
             assert budget is not None
             return solve(problem, budget), []
         share = len(measured.layers) / self.model.fingerprint.num_layers
-        target = math.log1p(rule.perplexity)
+        if rule.agreement is None:
+            assert rule.perplexity is not None
+            kind, target = "loss", math.log1p(rule.perplexity)
+            first = target / FIRST_RATIO
+        else:
+            kind, target = "changed", 1 - rule.agreement
+            first = target**2
         if not try_recipes or share < 1:
-            return solve(problem, share * target / FIRST_RATIO), []
-        return self._by_trial(problem, measured, target)
+            return solve(problem, share * first), []
+        return self._by_trial(problem, measured, kind, target, first)
 
     def _by_trial(
-        self, problem: Problem, measured: Measured, target: float
+        self, problem: Problem, measured: Measured, kind: str, target: float, first: float
     ) -> tuple[np.ndarray, list[dict[str, float]]]:
-        """The largest error budget found whose recipe raises the loss by at most `target` nats."""
+        """The largest error budget found whose recipe costs the model at most `target`.
+
+        Args:
+            kind: "loss": nats that the loss rises by; "changed": the share of most likely next tokens that
+                change, which grows with the root of the divergence (measured; it needs the sign of a small
+                difference to turn).
+            first: the error budget to try first.
+        """
         self.progress.stage("trying recipes on the model", TRIALS + 1)
-        base = self._loss(None)
+        base, power = self._tried(kind, None), 2 if kind == "changed" else 1
         self.progress.advance()
-        budget, low, high = target / FIRST_RATIO, 0.0, math.inf
+        budget, low, high = first, 0.0, math.inf
         best = np.zeros(len(problem.time), dtype=np.int64)  # dense
         trials = []
         for _ in range(TRIALS):
             choice = solve(problem, budget)
-            rise = self._loss(self._recipe(measured, choice, partial=False)) - base
-            trials.append({"budget": budget, "rise": rise, "time_us": problem.time_of(choice)})
-            self.progress.note(f"error budget {budget:.5f} nats: perplexity {100 * math.expm1(rise):+.2f} %")
+            cost = self._tried(kind, self._recipe(measured, choice, partial=False)) - base
+            name = "rise" if kind == "loss" else "changed"
+            trials.append({"budget": budget, name: cost, "time_us": problem.time_of(choice)})
+            said = f"perplexity {100 * math.expm1(cost):+.2f} %"
+            said = said if kind == "loss" else f"{100 * cost:.2f} % of the next tokens change"
+            self.progress.note(f"error budget {budget:.5f} nats: {said}")
             self.progress.advance()
-            if rise <= target:
+            if cost <= target:
                 if budget > low:
                     low, best = budget, choice
-                if rise >= CLOSE * target:
+                if cost >= CLOSE * target:
                     break
             else:
                 high = min(high, budget)
-            guess = budget * target * (1 + CLOSE) / 2 / max(rise, target / 8)
+            guess = budget * (target * (1 + CLOSE) / 2 / max(cost, target / 8)) ** power
             inside = low < guess < high
             budget = guess if inside else (2 * low if high == math.inf else (low + high) / 2)
         return best, trials
 
-    def _loss(self, recipe: Recipe | None) -> float:
-        """Of the model with a recipe, or dense; tried once."""
+    def _tried(self, kind: str, recipe: Recipe | None) -> float:
+        """The model's loss with a recipe, or dense, or the share of next tokens that change; tried once."""
+        if kind == "changed" and recipe is None:
+            return 0.0
         key = "dense" if recipe is None else plans_hash(recipe.layers)
+        key = key if kind == "loss" else f"changed {key}"
         known = self.folder.read_losses()
         if key not in known:
-            loss = self.model.loss(
-                sdpa_layer if recipe is None else recipe_attention(recipe, self.model.phase)
-            )
-            if loss is None:
-                raise ValueError("search: this model has no loss; use a budget of relative_error.")
-            self.folder.write_loss(key, loss)
+            attention = sdpa_layer if recipe is None else recipe_attention(recipe, self.model.phase)
+            found = self.model.loss(attention) if kind == "loss" else self.model.changed(attention)
+            if found is None:
+                raise ValueError("search: this model predicts no tokens; use a budget of relative_error.")
+            self.folder.write_loss(key, found)
             known = self.folder.read_losses()
         return known[key]
 

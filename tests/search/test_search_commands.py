@@ -103,6 +103,7 @@ def test_bad_options_say_what_to_do(directory, tmp_path, words, message):
 
 def test_budgets_are_read():
     assert parse_budget("perplexity=1%").perplexity == pytest.approx(0.01)
+    assert parse_budget("agreement=99%").agreement == 0.99
     assert parse_budget("error=0.05").relative_error == 0.05
     assert parse_budget(" divergence = 0.01 ").divergence == 0.01
 

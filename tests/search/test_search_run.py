@@ -22,6 +22,8 @@ from sparse_attn.integrations.patching import patched  # noqa: E402
 from sparse_attn.recipe import Fingerprint, Recipe, hash_tensors  # noqa: E402
 from sparse_attn.search.candidates import Shape, default_candidates  # noqa: E402
 from sparse_attn.search.models import CallableModel, LanguageModel  # noqa: E402
+from sparse_attn.search.report import load  # noqa: E402
+from sparse_attn.search.report_page import page  # noqa: E402
 from sparse_attn.search.run import Budget, PaperRule, Search, recipe_attention, sdpa_layer, search  # noqa: E402
 
 LENGTH = 192
@@ -77,6 +79,22 @@ def test_a_recipe_keeps_its_perplexity_budget_and_runs_in_the_model(tmp_path):
     assert torch.isfinite(out).all()
     trials = found.summary["trials"]
     assert trials and all(t["budget"] > 0 for t in trials)
+
+
+def test_a_recipe_keeps_its_budget_of_next_tokens(tmp_path):
+    """Of the tokens that the dense model finds most likely, at most a tenth change; the report says so."""
+    model, found = run_search(tmp_path / "w", Budget(agreement=0.9))
+    stock = model.model(model.check).logits.argmax(-1)
+    with patched(model.model, recipe_attention(found.recipe)):
+        changed = (model.model(model.check).logits.argmax(-1) != stock).double().mean().item()
+    assert 0 < changed <= 0.1 and found.summary["density"] < 1
+    trials = found.summary["trials"]
+    assert changed in [pytest.approx(t["changed"]) for t in trials]
+    assert model.changed(sdpa_layer) == 0
+    found.recipe.save(tmp_path / "r.json")
+    assert "changed next tokens" in page(load(tmp_path / "r.json", tmp_path / "w"))
+    with pytest.raises(ValueError, match="agreement: below 1"):
+        Budget(agreement=1.0)
 
 
 def test_a_larger_budget_is_never_slower(tmp_path):
