@@ -274,8 +274,8 @@ class SparseAttnImpl(TritonAttentionImpl):
     def _attend(
         self, rule: Rule | None, query: Tensor, caches: tuple[Tensor, ...], segment: Segment
     ) -> Tensor:
-        """[tokens, num_heads, head_size] by `sparse_attn`; `caches` are keys and values, [num_pages, page_size,
-        num_kv_heads, head_size]."""
+        """[tokens, num_heads, head_size] by `sparse_attn`; `caches` are keys and values,
+        [num_pages, page_size, num_kv_heads, head_size]."""
         if self.not_covered:
             raise NotImplementedError(
                 f"sparse_attn: layer {self.layer} has {self.not_covered}, which vLLM's Triton kernels run on "
