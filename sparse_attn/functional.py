@@ -58,7 +58,7 @@ def sparse_attention(
         scale: multiplies q.k; default D ** -0.5.
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: also return the natural log-sum-exp, float32 [B, Hq, L].
-        engine: insist on an engine: "triton", "cpu" or "reference".
+        engine: insist on an engine: "hopper", "triton", "cpu" or "reference".
 
     Returns:
         out [B, Hq, L, Dv]; a query that attends no key gives 0 and an lse of -inf.

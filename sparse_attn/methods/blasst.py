@@ -215,7 +215,8 @@ def blasst_attention(
         threshold_scale: lambda times S, the length-free form that calibration gives (section 3.3; about
             1000 for prefill of an 8B model at half the tiles). Exactly one of the two is given.
         block_m, block_n: queries and keys in a tile, default 128. They decide which tiles fall: keep
-            those that lambda was calibrated with. Ignored with `layout`.
+            those that lambda was calibrated with. The Hopper engine takes 64 and 128. Ignored with
+            `layout`.
         layout: read only its tiles; default all. Its columns, if any, are never skipped.
         is_causal: query i sees keys j <= i + S - L, **bottom-right aligned**
             (`scaled_dot_product_attention` is upper-left; they agree when L == S).
@@ -224,7 +225,7 @@ def blasst_attention(
         allow_unsafe: accept lambda > 1, which skips tiles that raise the maximum a little.
         return_lse: also return the log-sum-exp over the kept tiles, float32 [B, Hq, L].
         return_stats: also return `BlasstStats`.
-        engine: insist on an engine: "triton", "cpu" or "reference".
+        engine: insist on an engine: "hopper", "triton", "cpu" or "reference".
 
     Returns:
         out [B, Hq, L, Dv]; with `return_lse` and `return_stats` a tuple (out, lse, stats), less what
