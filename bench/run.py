@@ -57,10 +57,14 @@ def stamp() -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     ask_driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     commit = os.environ.get("SPARSE_ATTN_BENCH_COMMIT")  # of a copy of the tree without its history
+    if commit:
+        source: dict[str, Any] = {"commit": commit}
+    else:
+        changed = _command("git", "status", "--porcelain", "--untracked-files=no").splitlines()
+        source = {"commit": _command("git", "rev-parse", "--short=12", "HEAD"), "changed_files": len(changed)}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit or _command("git", "rev-parse", "--short=12", "HEAD"),
-        "changed_files": len(_command("git", "status", "--porcelain", "--untracked-files=no").splitlines()),
+        **source,
         "card": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "driver": _command(*ask_driver) if on_gpu else "",
         "threads": torch.get_num_threads(),
