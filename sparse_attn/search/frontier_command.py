@@ -143,7 +143,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[2].set(xlabel="selection + attention, ms a pass", ylabel="perplexity rise, %", yscale="log")
     axes[2].set_title("measured time against perplexity")
     axes[2].axvline(_time(rows[0]), color="grey", lw=1)
-    axes[2].annotate(" dense", (_time(rows[0]), FLOOR), color="grey", fontsize="small")
+    axes[2].annotate("dense ", (_time(rows[0]), FLOOR), color="grey", fontsize="small", ha="right")
+    axes[2].set_xlim(left=0)
     for axis in axes:
         axis.grid(alpha=0.25)
     for axis in axes[:2]:
