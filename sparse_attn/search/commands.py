@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from sparse_attn.demo.model import LoadedModel, MissingAssetError, default_devic
 from sparse_attn.demo.text import read_text
 from sparse_attn.search.candidates import Shape, default_candidates, distinct, load_candidates
 from sparse_attn.search.cost import CostTable
+from sparse_attn.search.jobs import Jobs
 from sparse_attn.search.models import LanguageModel
 from sparse_attn.search.run import Budget, Found, PaperRule, Search, recipe_attention, sdpa_layer, search
 
@@ -66,6 +68,9 @@ def search_command(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that measure, each on layers of its own and a GPU of its own.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of the tokens drawn for the divergence.")] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Another text: report the perplexity on it.")] = None,
 ) -> None:
@@ -95,7 +100,8 @@ def search_command(
             _say_plan(language, options, folder, out, messages)
             return
         with _Bar(messages) as bar:
-            found = search(language, rule, work=folder, progress=bar, **options)
+            make = partial(_load_for_job, model, text, tokens, samples, checks, device)
+            found = search(language, rule, work=folder, jobs=Jobs(jobs, make), progress=bar, **options)
         found.recipe.save(out)
         print_found(found, out, folder, Console())
         if held_out is not None:
@@ -151,6 +157,13 @@ def _load(
     loaded = load_language_model(model, tokens, device)
     ids = text_samples(loaded, read_calibration_text(text), tokens, samples + checks).to(loaded.model.device)
     return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
+
+
+def _load_for_job(
+    model: str, text: Path | None, tokens: int, samples: int, checks: int, device: str | None, rank: int
+) -> LanguageModel:
+    """The model in another process, on the GPU that it has made the current one."""
+    return _load(model, text, tokens, samples, checks, device)[1]
 
 
 def load_language_model(model: str, tokens: int, device: str | None = None) -> LoadedModel:

@@ -30,6 +30,7 @@ from sparse_attn.search.candidates import Candidate, Shape, default_candidates, 
 from sparse_attn.search.capture import query_runs, sdpa
 from sparse_attn.search.cost import CostTable, select_key, shipped_table
 from sparse_attn.search.cost_measure import one_thread, select_us
+from sparse_attn.search.jobs import Jobs
 from sparse_attn.search.maps import attention_map, pattern_map, save_maps
 from sparse_attn.search.measure import Call, add_scores, dense, run_candidate, score
 from sparse_attn.search.models import Model
@@ -39,7 +40,7 @@ from sparse_attn.search.rules import Budget, PaperRule, Progress, Silent
 from sparse_attn.search.solve import Problem, paper_greedy, solve
 from sparse_attn.search.work import WorkFolder
 
-__all__ = ["Budget", "Found", "PaperRule", "Search", "recipe_attention", "sdpa_layer", "search"]
+__all__ = ["Budget", "Found", "Jobs", "PaperRule", "Search", "recipe_attention", "sdpa_layer", "search"]
 
 # How many times the estimated divergence a recipe's measured loss is found to rise; only where a search
 # starts. Measured on SmolLM2-135M: 1.3 to 1.9.
@@ -81,6 +82,7 @@ class Search:
         is_causal: whether the model's attention is.
         video: see `Shape`.
         prompt_len: tokens before the generated ones, for SparseD.
+        part: (rank, size): measure only the layers n with n % size == rank (`jobs.py`).
     """
 
     model: Model
@@ -93,6 +95,7 @@ class Search:
     is_causal: bool = True
     video: tuple[int, int, int, int, bool] | None = None
     prompt_len: int = 0
+    part: tuple[int, int] = (0, 1)
     progress: Progress = field(default_factory=Silent)
 
     def __post_init__(self) -> None:
@@ -120,19 +123,28 @@ class Search:
     def measure(self) -> None:
         """All that is not measured yet. May be interrupted anywhere."""
         layers, samples = self.model.fingerprint.num_layers, self.model.num_samples
-        missing = {s: [n for n in range(layers) if not self.folder.has_measure(s, n)] for s in range(samples)}
+        missing = {s: self._missing(s) for s in range(samples)}
         for sample in (s for s in range(samples) if missing[s]):
             self._gradients(sample, missing[sample])
             self.progress.stage(f"measuring sample {sample + 1} of {samples}", layers)
             attention = partial(self._measuring, sample, max(missing[sample]))
             with contextlib.suppress(_Enough):
                 self.model.run(sample, attention)
-            left = [n for n in range(layers) if not self.folder.has_measure(sample, n)]
+            left = self._missing(sample)
             if left:
                 raise ValueError(
                     f"search: layers {left[:8]} of the model made no self-attention call that a search "
                     "can see (a sliding window, a mask, their own attention code?)."
                 )
+
+    def _is_mine(self, layer: int) -> bool:
+        rank, size = self.part
+        return layer % size == rank
+
+    def _missing(self, sample: int) -> list[int]:
+        """Layers of this search's part that the sample has not measured."""
+        layers = range(self.model.fingerprint.num_layers)
+        return [n for n in layers if self._is_mine(n) and not self.folder.has_measure(sample, n)]
 
     def measure_first_layer(self) -> None:
         """For an estimate of the time."""
@@ -164,7 +176,7 @@ class Search:
         scale: float,
     ) -> Tensor:
         """The attention function of a measuring pass: dense, and everything else on the side."""
-        if not self.folder.has_measure(sample, layer):
+        if self._is_mine(layer) and not self.folder.has_measure(sample, layer):
             gradient = self.folder.read_gradient(sample, layer)
             gradient = None if gradient is None else gradient.to(q.device)
             call = Call(layer, q, k, v, is_causal, scale, gradient, self.prompt_len)
@@ -400,13 +412,16 @@ class _Enough(Exception):
     """Ends a pass after the last layer that was to be measured."""
 
 
-def search(model: Model, rule: Budget | PaperRule, *, work: str | Path, **options: Any) -> Found:
+def search(
+    model: Model, rule: Budget | PaperRule, *, work: str | Path, jobs: Jobs | None = None, **options: Any
+) -> Found:
     """Measure and choose. Ctrl-C gives a partial recipe of the layers that were measured by then.
 
     Args:
         model: what to search on.
         rule: a budget, or the paper's rule.
         work: folder for measurements; see `Search` for it and for `options`.
+        jobs: measure in several processes; the recipe does not depend on how many.
 
     Raises:
         ValueError: a bad argument, or a model that cannot be searched. KeyboardInterrupt: before any layer
@@ -414,6 +429,10 @@ def search(model: Model, rule: Budget | PaperRule, *, work: str | Path, **option
     """
     run = Search(model, work, **options)
     try:
+        if jobs is not None and jobs.count > 1:
+            shared = {k: v for k, v in options.items() if k not in ("resume", "progress")}
+            total = model.fingerprint.num_layers * model.num_samples
+            jobs.measure(Path(work), shared, total, run.progress)
         run.measure()
         found = run.choose(rule)
     except KeyboardInterrupt:

@@ -21,6 +21,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 from sparse_attn.integrations.patching import patched  # noqa: E402
 from sparse_attn.recipe import Fingerprint, Recipe, hash_tensors  # noqa: E402
 from sparse_attn.search.candidates import Shape, default_candidates  # noqa: E402
+from sparse_attn.search.jobs import Jobs  # noqa: E402
 from sparse_attn.search.models import CallableModel, LanguageModel  # noqa: E402
 from sparse_attn.search.report import load  # noqa: E402
 from sparse_attn.search.report_page import page  # noqa: E402
@@ -212,6 +213,36 @@ def test_a_folder_of_another_search_is_refused(tmp_path):
         run_search(tmp_path / "w")
     with pytest.raises(ValueError, match=r"other settings \(seed\)"):
         run_search(tmp_path / "w", seed=3, resume=True)
+
+
+# -- jobs -----------------------------------------------------------------------------------------------
+
+
+def make_in_job(rank: int) -> LanguageModel:
+    return tiny_language_model(2)
+
+
+def fail_in_job(rank: int) -> LanguageModel:
+    raise RuntimeError(f"no model for rank {rank}")
+
+
+def test_jobs_give_the_recipe_of_one_process(tmp_path):
+    _, alone = run_search(tmp_path / "one", samples=2)
+    _, together = run_search(tmp_path / "two", samples=2, jobs=Jobs(2, make_in_job))
+    for name, found in (("one", alone), ("two", together)):
+        found.recipe.save(tmp_path / f"{name}.json")
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    for path in (tmp_path / "one" / "measures").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / "measures" / path.name).read_bytes()
+
+
+def test_a_job_that_fails_says_so_and_leaves_what_was_measured(tmp_path):
+    with pytest.raises(ValueError, match=r"process \d of 2 failed .* --resume"):
+        run_search(tmp_path / "w", samples=2, jobs=Jobs(2, fail_in_job))
+    _, found = run_search(tmp_path / "w", samples=2, resume=True)
+    assert not found.recipe.partial
+    with pytest.raises(ValueError, match="jobs is 0"):
+        Jobs(0, make_in_job)
 
 
 _KILLED = """
