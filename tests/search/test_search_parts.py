@@ -65,6 +65,17 @@ def test_defaults_start_dense_and_hold_every_causal_method():
     assert len({c.label for c in found}) == len(found)
 
 
+def test_one_query_a_block_selects_on_a_cpu_only():
+    """On a GPU that selection runs in plain PyTorch, beside kernels that are far faster."""
+    on_cpu, on_gpu = (
+        [c for c in default_candidates(replace(SHAPE, device=x)) if c.plain["config"].get("samples")]
+        for x in ("cpu", "cuda")
+    )
+    assert [c.config.theta for c in on_cpu] == [7.0, 9.0] and not on_gpu
+    mild, milder = (run_candidate(make_call(), c)[1].lse for c in on_cpu)
+    assert (milder >= mild - 1e-5).all() and (milder > mild + 1e-5).any()
+
+
 def test_bidirectional_models_get_sparsed_and_video_models_vdit():
     bidirectional = replace(SHAPE, is_causal=False)
     assert "sparsed" in {c.method for c in default_candidates(bidirectional)}
