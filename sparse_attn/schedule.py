@@ -1,4 +1,4 @@
-"""How the Triton engine walks a layout: the order of its rows, and small blocks merged into full tiles.
+"""How GPU engines walk a layout: the order of its rows, and small blocks merged into full tiles or paired.
 
 A schedule changes when and in which company a query block is computed, never what it attends to. It is
 made once for a layout, on the device, without synchronising, and travels through the operators beside

@@ -236,6 +236,14 @@ def test_jobs_give_the_recipe_of_one_process(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / "measures" / path.name).read_bytes()
 
 
+def test_a_part_measures_its_own_layers_alone(tmp_path):
+    model = tiny_language_model(2)
+    for rank, layers in ((1, {"01"}), (0, {"00", "01", "02"})):
+        Search(model, tmp_path / "w", **few(model), part=(rank, 2), resume=rank == 0).measure()
+        names = {p.name for p in (tmp_path / "w" / "measures").iterdir()}
+        assert names == {f"sample{s}-layer{n}.json" for s in range(2) for n in layers}
+
+
 def test_a_job_that_fails_says_so_and_leaves_what_was_measured(tmp_path):
     with pytest.raises(ValueError, match=r"process \d of 2 failed .* --resume"):
         run_search(tmp_path / "w", samples=2, jobs=Jobs(2, fail_in_job))
