@@ -172,6 +172,17 @@ def test_exponentials_to_the_last_places():
 
 
 @needs_library
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.7])
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_any_sign_of_the_scale(scale, skip):
+    """The kernels take the largest score of a tile for its largest logit, which a scale below 0 turns."""
+    inputs = make_inputs(heads=2, L=70, S=90, head_dim=32)
+    layout = SparseLayout.full(70, 90, block_m=32, block_n=16)
+    plan = Plan(layout, torch.full((1, 2), -2.0) if skip else None)
+    check_engine(*inputs, plan, engine="cpu", is_causal=True, scale=scale, grad=True)
+
+
+@needs_library
 def test_large_logits_and_nan():
     q, k, v = make_inputs(L=70, S=70, heads=1)
     check_engine(300 * q, 300 * k, v, Plan(SparseLayout.full(70, 70, block_n=16)), engine="cpu")

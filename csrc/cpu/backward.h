@@ -59,8 +59,8 @@ struct BackwardQuery {
       int64_t seen = shape.is_causal ? seen_by(run, limit + lanes - 1) : run.count;
       if (seen == 0) continue;
       Vec unused[2] = {};
-      rows_dot_panel(run.k, seen, shape.D, q + i * shape.D * kPanel, shape.scale, p, unused, ahead);
-      rows_dot_panel(run.v, seen, shape.Dv, grad_out + i * shape.Dv * kPanel, 1.f, dp, unused, ahead);
+      rows_dot_panel(run.k, seen, shape.D, q + i * shape.D * kPanel, p, unused, ahead);
+      rows_dot_panel(run.v, seen, shape.Dv, grad_out + i * shape.Dv * kPanel, dp, unused, ahead);
       Vec lse[2], delta[2];
       load_lanes(task.lse + first, lanes, kInf, lse);
       load_lanes(task.delta + first, lanes, 0.f, delta);
@@ -80,7 +80,7 @@ struct BackwardQuery {
   // scores -> P in place, dP -> dS in place; both 0 where not visible or where a row attends nothing.
   void score_gradient(Int visible, Vec lse, Vec delta, float* scores, float* grad) const {
     visible &= lse != -kInf;
-    Vec prob = select(visible, exp_nonpositive(load(scores) - lse), Vec{});
+    Vec prob = select(visible, exp_nonpositive(load(scores) * shape.scale - lse), Vec{});
     store(scores, prob);
     store(grad, select(visible, prob * (load(grad) - delta) * shape.scale, Vec{}));
   }
@@ -156,8 +156,8 @@ struct BackwardKey {
     RowRun q{source.q.base + first * source.q.stride, source.q.stride, nullptr};
     RowRun grad{source.grad_out.base + first * source.grad_out.stride, source.grad_out.stride, nullptr};
     Vec unused[2] = {};
-    rows_dot_panel(q, count, shape.D, k + i * shape.D * kPanel, shape.scale, p, unused, ahead);
-    rows_dot_panel(grad, count, shape.Dv, v + i * shape.Dv * kPanel, 1.f, dp, unused, ahead);
+    rows_dot_panel(q, count, shape.D, k + i * shape.D * kPanel, p, unused, ahead);
+    rows_dot_panel(grad, count, shape.Dv, v + i * shape.Dv * kPanel, dp, unused, ahead);
     alignas(64) int32_t positions[kPanel];
     for (int lane = 0; lane < kPanel; ++lane) {
       positions[lane] = static_cast<int32_t>(position(min64(i * kPanel + lane, task.num_keys - 1)));
@@ -178,7 +178,7 @@ struct BackwardKey {
   }
 
   void score_gradient(Int visible, float lse, float delta, float* scores, float* grad) const {
-    Vec prob = select(visible, exp_nonpositive(load(scores) - lse), Vec{});
+    Vec prob = select(visible, exp_nonpositive(load(scores) * shape.scale - lse), Vec{});
     store(scores, prob);
     store(grad, select(visible, prob * (load(grad) - delta) * shape.scale, Vec{}));
   }

@@ -37,6 +37,7 @@ struct Forward {
   float *m, *l, *top;  // [panels][kPanel]
   float* scores;       // [panels, or 1 without a skip][kChunk][kPanel]
   float* rows;         // [kPanel][max(D, Dv)]
+  float factor;        // a logit is a score * factor; > 0, so that the largest score is the largest logit
   Prefetch ahead;
 
   Forward(const Shape& shape, const ForwardTask& task, float* scratch) : shape(shape), task(task) {
@@ -58,6 +59,7 @@ struct Forward {
   void run() {
     prefetch_rows<false>(task.q, task.first_query, task.num_queries, shape.D);
     load_panels(task.q, nullptr, task.first_query, task.num_queries, shape.D, rows, q);
+    fold_sign();
     memset(out, 0, sizeof(float) * panels * shape.Dv * kPanel);
     memset(l, 0, sizeof(float) * panels * kPanel);
     for (int64_t i = 0; i < panels * kPanel; ++i) m[i] = -kInf;
@@ -75,6 +77,14 @@ struct Forward {
       attend_run(key_run(task.k, task.v, task.keys.columns + t, 0, count));
     }
     for (int64_t p = 0; p < panels; ++p) finish(p);
+  }
+
+  // Where the scale is not positive, its sign goes to the queries.
+  void fold_sign() {
+    factor = shape.scale == 0.f ? 1.f : __builtin_fabsf(shape.scale);
+    if (shape.scale > 0.f) return;
+    float sign = shape.scale < 0.f ? -1.f : 0.f;
+    for (int64_t i = 0; i < panels * shape.D * kPanel; ++i) q[i] *= sign;
   }
 
   void prefetch_block(int64_t block) {
@@ -129,7 +139,7 @@ struct Forward {
     if (seen == 0) return 0;
     Vec best[2] = {load(run_top), load(run_top + kLanes)};
     const Vec before[2] = {best[0], best[1]};
-    rows_dot_panel(run.k, seen, shape.D, q + p * shape.D * kPanel, shape.scale, target, best, ahead);
+    rows_dot_panel(run.k, seen, shape.D, q + p * shape.D * kPanel, target, best, ahead);
     int64_t limit = first_seen_limit(p);
     if (shape.is_causal && run.position(seen - 1) > limit) {
       best[0] = before[0], best[1] = before[1];
@@ -155,7 +165,7 @@ struct Forward {
     if (seen == 0) return;
     const Vec best[2] = {load(run_top), load(run_top + kLanes)};
     Vec keep[2];
-    softmax_panel(scored, seen, best, m + p * kPanel, l + p * kPanel, keep);
+    softmax_panel(scored, seen, factor, best, m + p * kPanel, l + p * kPanel, keep);
     add_rows_panel(run.v, seen, shape.Dv, scored, keep, out + p * shape.Dv * kPanel, ahead);
   }
 
@@ -169,7 +179,7 @@ struct Forward {
       for (int64_t p = 0; p < panels; ++p) score(run, p, top + p * kPanel, scores_of(p));
     }
     for (int64_t i = 0; i < task.num_queries; ++i) {
-      if (!(top[i] < m[i] + task.skip_below || top[i] == -kInf)) return false;
+      if (!(top[i] * factor < m[i] + task.skip_below || top[i] == -kInf)) return false;
     }
     return true;
   }

@@ -20,10 +20,10 @@ struct RowRun {
 
 // -- rows . panel ----------------------------------------------------------------------------------------
 
-// out[r][lane] = scale * sum_d row[r][d] * panel[d][lane]; `top` takes the maximum over r.
+// out[r][lane] = sum_d row[r][d] * panel[d][lane]; `top` takes the maximum over r.
 template <int R>
-__attribute__((noinline)) void dot_rows(const RowRun& rows, int64_t first, int width, const float* panel, float scale,
-                     float* out, Vec* top) {
+__attribute__((noinline)) void dot_rows(const RowRun& rows, int64_t first, int width, const float* panel,
+                                        float* out, Vec* top) {
   const float* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[first + r];
   Vec acc[R][2] = {};
@@ -37,15 +37,15 @@ __attribute__((noinline)) void dot_rows(const RowRun& rows, int64_t first, int w
     }
   }
   out += first * kPanel;
+  Vec best[2] = {top[0], top[1]};  // in registers: for all the compiler knows, `out` might overlap `top`
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    acc[r][0] *= scale;
-    acc[r][1] *= scale;
     store(out + r * kPanel, acc[r][0]);
     store(out + r * kPanel + kLanes, acc[r][1]);
-    top[0] = max(acc[r][0], top[0]);
-    top[1] = max(acc[r][1], top[1]);
+    best[0] = max(acc[r][0], best[0]);
+    best[1] = max(acc[r][1], best[1]);
   }
+  top[0] = best[0], top[1] = best[1];
 }
 
 // -- panel . rows ----------------------------------------------------------------------------------------
@@ -129,12 +129,12 @@ struct Prefetch {
   }
 };
 
-// out[j][lane] = scale * rows[j] . panel[:, lane] for j < count; `top` takes the maximum.
-inline void rows_dot_panel(const RowRun& rows, int64_t count, int width, const float* panel, float scale,
-                           float* out, Vec* top, Prefetch& ahead) {
+// out[j][lane] = rows[j] . panel[:, lane] for j < count; `top` takes the maximum.
+inline void rows_dot_panel(const RowRun& rows, int64_t count, int width, const float* panel, float* out,
+                           Vec* top, Prefetch& ahead) {
   for_strips(count, [&]<int R>(int64_t first) {
     ahead.step();
-    dot_rows<R>(rows, first, width, panel, scale, out, top);
+    dot_rows<R>(rows, first, width, panel, out, top);
   });
 }
 

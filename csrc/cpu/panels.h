@@ -96,32 +96,34 @@ inline Int splat_int(int64_t x) {
   return Int{} + static_cast<int32_t>(x);
 }
 
-// One step of online softmax over scores [count][kPanel], in place. `top` is the maximum of the scores,
-// m and l are the running maximum and sum of a lane; returns in `keep` what older sums shrink by.
-inline void softmax_panel(float* scores, int64_t count, const Vec* top, float* m, float* l, Vec* keep) {
+// One step of online softmax over scores [count][kPanel], in place. A logit is score * factor, factor > 0;
+// `top` is the maximum of the scores, m and l are the running maximum of the logits and the sum of a lane.
+// Returns in `keep` what older sums shrink by. Out of line: it needs every register.
+__attribute__((noinline)) inline void softmax_panel(float* scores, int64_t count, float factor,
+                                                    const Vec* top, float* m, float* l, Vec* keep) {
+  Vec base[2], sums[2][2] = {};  // sums of even and odd rows: short sums round less
   for (int half = 0; half < 2; ++half) {
-    float* column = scores + half * kLanes;
     Vec before = load(m + half * kLanes);
-    Vec now = max(top[half], before);
-    Vec base = select(now == -kInf, Vec{}, now);  // exp(-inf - -inf) would be nan
-    Vec sums[2] = {};
-    int64_t j = 0;
-    for (; j + 1 < count; j += 2) {
-      Vec a = exp_nonpositive(load(column + j * kPanel) - base);
-      Vec b = exp_nonpositive(load(column + (j + 1) * kPanel) - base);
-      store(column + j * kPanel, a);
-      store(column + (j + 1) * kPanel, b);
-      sums[0] += a;
-      sums[1] += b;
-    }
-    if (j < count) {
-      Vec a = exp_nonpositive(load(column + j * kPanel) - base);
-      store(column + j * kPanel, a);
-      sums[0] += a;
-    }
-    keep[half] = exp_nonpositive(before - base);
+    Vec now = max(top[half] * factor, before);
+    base[half] = select(now == -kInf, Vec{}, now);  // exp(-inf - -inf) would be nan
+    keep[half] = exp_nonpositive(before - base[half]);
     store(m + half * kLanes, now);
-    store(l + half * kLanes, load(l + half * kLanes) * keep[half] + (sums[0] + sums[1]));
+  }
+  auto weigh = [&](float* row, Vec* sum) __attribute__((always_inline)) {
+    for (int half = 0; half < 2; ++half) {
+      Vec weight = exp_nonpositive(load(row + half * kLanes) * factor - base[half]);
+      store(row + half * kLanes, weight);
+      sum[half] += weight;
+    }
+  };
+  int64_t j = 0;
+  for (; j + 1 < count; j += 2) {
+    weigh(scores + j * kPanel, sums[0]);
+    weigh(scores + (j + 1) * kPanel, sums[1]);
+  }
+  if (j < count) weigh(scores + j * kPanel, sums[0]);
+  for (int half = 0; half < 2; ++half) {
+    store(l + half * kLanes, load(l + half * kLanes) * keep[half] + (sums[0][half] + sums[1][half]));
   }
 }
 
