@@ -177,6 +177,10 @@ def _anchor(shape: Shape) -> list[Candidate]:
         for theta in (7.0, 9.0):
             config = AnchorConfig(theta, size, step=1, reference="all", samples=1)
             found.append(Candidate(f"anchor {theta:g} of one query", "anchor", config))
+        # Two queries, and the share of their mass that lists must keep: on the frontier better than a theta.
+        for recall in (0.95, 0.98):
+            config = AnchorConfig(12.0, size, step=1, samples=2, recall=recall)
+            found.append(Candidate(f"anchor recall {recall:g}", "anchor", config))
     return found
 
 

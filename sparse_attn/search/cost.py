@@ -237,14 +237,15 @@ def device_name(device_type: str) -> str:
 
 
 def select_key(method: str, config: Any) -> str:
-    """Settings that the time of a selection depends on: the method and its whole numbers."""
-    parts = [
-        f"{f.name}={value}"
-        for f in fields(config)
-        if f.init
-        and isinstance(value := getattr(config, f.name), int)
-        and not (isinstance(value, bool) and not value)
-    ]
+    """Settings that the time of a selection depends on: the method, its whole numbers, and which of its
+    optional fractions are given (AnchorAttention's `recall` asks for passes of its own)."""
+    parts = []
+    for f in fields(config):
+        value = getattr(config, f.name) if f.init else None
+        if isinstance(value, int) and not (isinstance(value, bool) and not value):
+            parts.append(f"{f.name}={value}")
+        elif isinstance(value, float) and f.default is None:
+            parts.append(f.name)
     return " ".join([method, *parts])
 
 

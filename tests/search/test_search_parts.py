@@ -65,15 +65,17 @@ def test_defaults_start_dense_and_hold_every_causal_method():
     assert len({c.label for c in found}) == len(found)
 
 
-def test_one_query_a_block_selects_on_a_cpu_only():
+def test_single_queries_select_on_a_cpu_only():
     """On a GPU that selection runs in plain PyTorch, beside kernels that are far faster."""
     on_cpu, on_gpu = (
         [c for c in default_candidates(replace(SHAPE, device=x)) if c.plain["config"].get("samples")]
         for x in ("cpu", "cuda")
     )
-    assert [c.config.theta for c in on_cpu] == [7.0, 9.0] and not on_gpu
-    mild, milder = (run_candidate(make_call(), c)[1].lse for c in on_cpu)
-    assert (milder >= mild - 1e-5).all() and (milder > mild + 1e-5).any()
+    rules = [(c.config.samples, c.config.theta, c.config.recall) for c in on_cpu]
+    assert rules == [(1, 7.0, None), (1, 9.0, None), (2, 12.0, 0.95), (2, 12.0, 0.98)] and not on_gpu
+    for pair in (on_cpu[:2], on_cpu[2:]):
+        mild, milder = (run_candidate(make_call(), c)[1].lse for c in pair)
+        assert (milder >= mild - 1e-5).all() and (milder > mild + 1e-5).any()
 
 
 def test_bidirectional_models_get_sparsed_and_video_models_vdit():
@@ -333,6 +335,13 @@ def test_the_shipped_table_covers_the_default_candidates():
                 assert t.tile_us(kernel, 64, dtype, 64, 64, 0.3) > 0
         known = t.select_us(select_key(c.method, c.config), 64, 4096)
         assert known is not None and (known[0] > 0) == (c.method == "anchor")
+
+
+def test_selections_of_other_cost_have_other_keys():
+    """A recall asks for more passes than a theta does; which theta or recall it is costs nothing."""
+    ways = [{"samples": 2, "recall": 0.9}, {"samples": 2, "recall": 0.95}, {"samples": 2}, {"samples": 1}, {}]
+    keys = [select_key("anchor", AnchorConfig(9.0, 64, 1, **x)) for x in ways]
+    assert keys[0] == keys[1] and len(set(keys)) == 4
 
 
 # -- choosing -----------------------------------------------------------------------------------------
