@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparse_attn.checks import autocast, check_call
-from sparse_attn.engines import AttendCall, choose
+from sparse_attn.engines import AttendCall, Engine, choose
 from sparse_attn.ops import run
 from sparse_attn.plan import Plan
 
@@ -43,6 +43,7 @@ def attend(
     engine: str | None = None,
     want_kept: bool = False,
     op: str = "attend",
+    out: Tensor | None = None,
 ) -> Attended:
     """Masked attention over the keys that `plan` names, with a skip rule if it has one.
 
@@ -55,6 +56,8 @@ def attend(
         engine: insist on one engine by name.
         want_kept: also return which tiles were attended.
         op: the name that error messages start with.
+        out: [B, Hq, L, Dv] in the inputs' dtype, last stride 1: write the output there, which the CPU engine
+            does in place (heads of a larger tensor). No gradients, no torch.compile.
 
     Raises:
         ValueError: a bad argument, with the remedy; with SPARSE_ATTN_DEBUG=1 in the environment also
@@ -74,8 +77,25 @@ def attend(
         query, key, value, plan.layout, plan.skip_below, is_causal, scale,
         want_kept=want_kept or (skips and needs_grad), needs_grad=needs_grad,
     )  # fmt: skip
-    out, lse, kept = run(call, choose(call, engine).name)
-    return Attended(out, lse, kept if want_kept else None)
+    chosen = choose(call, engine)
+    if out is not None:
+        return _attend_into(op, out, call, chosen)
+    result, lse, kept = run(call, chosen.name)
+    return Attended(result, lse, kept if want_kept else None)
+
+
+def _attend_into(op: str, out: Tensor, call: AttendCall, engine: Engine) -> Attended:
+    shape = (*call.q.shape[:3], call.v.shape[-1])
+    if out.shape != shape or out.dtype != call.q.dtype or out.stride(-1) != 1 or call.needs_grad:
+        raise ValueError(
+            f"{op}: out must be {shape} in {call.q.dtype} with a last stride of 1, without gradients; "
+            f"got {tuple(out.shape)} in {out.dtype}, strides {out.stride()}."
+        )
+    if engine.name == "cpu":
+        _, lse, kept = engine.forward(replace(call, out=out))
+        return Attended(out, lse, kept)
+    result, lse, kept = run(call, engine.name)
+    return Attended(out.copy_(result), lse, kept if call.want_kept else None)
 
 
 def _refuse_tangents(op: str, *tensors: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.checks import check_inputs
+from sparse_attn.engines import new_out
 from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 from sparse_attn.methods.base import Context, run
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sparse_attn.recipe import LayerPlan
 
 _OP = "run_layer"
+_APART = ("dense", "s2", "blasst", "vdit")  # methods whose calls cost no selection: cut as a CPU likes it
 Pick = slice | Tensor | tuple[int, ...]  # heads of a tensor: a slice (no copy) or their numbers
 
 
@@ -88,6 +90,7 @@ def run_layer(
     if len(calls) > 1 and query.device.type == "cpu":
         # The engine packs rows that lie far apart: once for the layer instead of once a call.
         key, value = key.contiguous(), value.contiguous()
+    layer_out = _shared_out(query, key, value) if len(calls) > 1 else None
     outs, lses = [], []
     for n, call in enumerate(calls):
         k, v = _trim(call, _heads(key, call.kv_pick), _heads(value, call.kv_pick))
@@ -95,14 +98,35 @@ def run_layer(
         if call.method == "sparsed" and num_cached > 1:
             # The caller's cache keeps one pattern for each key: each call of the layer needs its own.
             own = replace(context, layer=(plan.layer, n))  # type: ignore[arg-type]
+        info = methods()[call.method]
+        target = None
+        if layer_out is not None and info.finish is None and isinstance(call.q_pick, slice):
+            target = layer_out[:, call.q_pick]
         result = run(
-            methods()[call.method], _heads(query, call.q_pick), k, v, call.config, is_causal=is_causal,
-            scale=scale, enable_gqa=True, engine=engine, context=own,
+            info, _heads(query, call.q_pick), k, v, call.config, is_causal=is_causal, scale=scale,
+            enable_gqa=True, engine=engine, context=own, out=target,
         )  # fmt: skip
+        if layer_out is not None and target is None:
+            for m, head in enumerate(call.heads):
+                layer_out[:, head] = result.out[:, m]
         outs.append(result.out)
         lses.append(result.lse)
-    out = _in_order(outs, place)
+    out = _in_order(outs, place) if layer_out is None else layer_out
     return (out, _in_order(lses, place)) if return_lse else out
+
+
+def _shared_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+    """The layer's output, for its calls to write their heads into; None where each must give its own."""
+    tensors = (query, key, value)
+    if query.device.type != "cpu" or any(type(x) is not Tensor for x in tensors):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return None
+    return new_out(query, value.shape[-1])
 
 
 def _in_order(parts: list[Tensor], place: Pick | None) -> Tensor:
@@ -171,12 +195,15 @@ def _cut(
     for position in sorted(range(len(heads)), key=heads.__getitem__):
         if 0 <= heads[position] - first < num_heads:
             of_key_head.setdefault((heads[position] - first) // group, []).append(position)
-    alike: dict[int, list[int]] = {}
-    for kv_head, positions in of_key_head.items():
-        alike.setdefault(len(positions), []).append(kv_head)
+    if device.type == "cpu" and method in _APART:
+        parts_of_group = _side_by_side(heads, of_key_head, group)
+    else:
+        alike: dict[int, list[int]] = {}
+        for positions in of_key_head.values():
+            alike.setdefault(len(positions), []).extend(positions)
+        parts_of_group = list(alike.values())
     calls = []
-    for kv_heads in alike.values():
-        positions = [p for kv_head in kv_heads for p in of_key_head[kv_head]]
+    for positions in parts_of_group:
         if isinstance(config, S2Config):
             parts = _s2_parts(config, [heads[p] for p in positions], plan.num_heads, group)
         else:
@@ -186,6 +213,24 @@ def _cut(
             own_kv = sorted({h // group for h in own})
             calls.append(_Call(own, _pick(own, device), _pick(own_kv, device), method, own_config))
     return calls
+
+
+def _side_by_side(heads: Sequence[int], of_key_head: dict[int, list[int]], group: int) -> list[list[int]]:
+    """Runs of a group's positions whose heads lie side by side, so that nothing is gathered: whole key heads,
+    or neighbours within one. A call more costs a CPU less than copying a head does."""
+    runs: list[list[int]] = []
+    before_is_whole = False
+    for positions in of_key_head.values():
+        whole = len(positions) == group
+        for n, position in enumerate(positions):
+            head = heads[position]
+            inside = n > 0 or (whole and before_is_whole)
+            if inside and heads[runs[-1][-1]] == head - 1:
+                runs[-1].append(position)
+            else:
+                runs.append([position])
+        before_is_whole = whole
+    return runs
 
 
 def _pick(heads: Sequence[int], device: torch.device) -> Pick:

@@ -183,6 +183,34 @@ def test_any_sign_of_the_scale(scale, skip):
 
 
 @needs_library
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_output_written_into_heads_of_a_larger_tensor(engine):
+    q, k, v = make_inputs(heads=2, L=50, S=50, head_dim=32)
+    plan = Plan(random_layout("columns", 50, 50, heads=2))
+    layer = torch.full((1, 50, 5, 32), math.nan).transpose(1, 2)
+    got = attend(q, k, v, plan, is_causal=True, engine=engine, out=layer[:, 1:3])
+    plain = attend(q, k, v, plan, is_causal=True, engine=engine)
+    assert got.out.data_ptr() == layer[:, 1:3].data_ptr()
+    assert torch.equal(layer[:, 1:3], plain.out)
+    assert torch.equal(got.lse, plain.lse)
+    assert layer[:, [0, 3, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("case", ["shape", "dtype", "stride", "gradients"])
+def test_output_that_cannot_be_written_into(case):
+    q, k, v = make_inputs(heads=2, L=8, S=8, head_dim=32)
+    out = {
+        "shape": torch.empty(1, 2, 9, 32),
+        "dtype": torch.empty(1, 2, 8, 32, dtype=torch.float64),
+        "stride": torch.empty(1, 2, 32, 8).mT,
+        "gradients": torch.empty(1, 2, 8, 32),
+    }[case]
+    q.requires_grad_(case == "gradients")
+    with pytest.raises(ValueError, match=r"^attend: out must be \(1, 2, 8, 32\) in torch.float32"):
+        attend(q, k, v, Plan(SparseLayout.full(8, 8, block_m=8, block_n=8)), out=out)
+
+
+@needs_library
 def test_large_logits_and_nan():
     q, k, v = make_inputs(L=70, S=70, heads=1)
     check_engine(300 * q, 300 * k, v, Plan(SparseLayout.full(70, 70, block_n=16)), engine="cpu")

@@ -24,6 +24,8 @@ class AttendCall:
         scale: multiplies q.k.
         want_kept: also return which tiles were attended.
         needs_grad: the caller will ask for gradients.
+        out: [B, Hq, L, Dv], dtype of q, last stride 1: where the CPU engine is to write its output; None: a
+            new tensor. Other engines never see one.
     """
 
     q: Tensor
@@ -35,6 +37,7 @@ class AttendCall:
     scale: float
     want_kept: bool = False
     needs_grad: bool = False
+    out: Tensor | None = None
 
     @property
     def gqa_group(self) -> int:

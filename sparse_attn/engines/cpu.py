@@ -46,7 +46,7 @@ class CpuEngine:
         return Schedule()
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
-        out = new_out(call.q, call.v.shape[-1])
+        out = new_out(call.q, call.v.shape[-1]) if call.out is None else call.out
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
         kept = torch.zeros(call.kept_shape, dtype=torch.uint8) if call.want_kept else None
         limits = None if call.skip_below is None else call.skip_below.contiguous()

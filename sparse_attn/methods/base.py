@@ -82,15 +82,16 @@ def run(
     engine: str | None = None,
     want_kept: bool = False,
     context: Context = Context(),
+    out: Tensor | None = None,
 ) -> Attended:
-    """Check, select, attend and finish: the road of every method."""
+    """Check, select, attend and finish: the road of every method. `out` as `attend` takes it."""
     op = f"{method.name}_attention"
     check_inputs(op, query, key, value, enable_gqa, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     plan = method.select(query, key, config, is_causal=is_causal, scale=scale, context=context)
     result = attend(
         query, key, value, plan, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa,
-        engine=engine, want_kept=want_kept, op=op,
+        engine=engine, want_kept=want_kept, op=op, out=out,
     )  # fmt: skip
     if method.finish is None:
         return result
