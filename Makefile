@@ -84,6 +84,6 @@ bench: $(VENV)/.installed
 	$(BIN)/sparse-attn bench
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo.html demo.json
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks demo.html demo.json demo.recipe.json
 	find sparse_attn kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	find sparse_attn -name '*.so' -delete

@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from sparse_attn import Plan, SparseLayout, attend
 from sparse_attn.cli import make_app
-from sparse_attn.demo import image, measure, model, structured, text
+from sparse_attn.demo import image, measure, model, runs, structured, text
 from sparse_attn.demo.candidates import Candidate, candidates
 from sparse_attn.demo.heads import HeadPicker, draw_head
-from sparse_attn.methods import METHODS
+from sparse_attn.integrations.patching import patched
+from sparse_attn.methods import METHODS, Context
+from sparse_attn.recipe import HeadGroup, LayerPlan, Recipe, run_layer
+from sparse_attn.recipe_check import DenseConfig
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -184,7 +187,7 @@ def test_rows_equal_their_definitions(llama) -> None:
     recall, error, norm, density = [], 0.0, 0.0, []
     for q, k, v in captured_layers(llama, ids):
         plan = METHODS["s2"].select(
-            q, k, SMALL["s2"].config(), is_causal=True, scale=16**-0.5, context=measure.Context()
+            q, k, SMALL["s2"].config(), is_causal=True, scale=16**-0.5, context=Context()
         )
         mask = plan.layout.to_dense(True)
         mask = mask.repeat_interleave(4 // mask.shape[1], 1)
@@ -241,7 +244,7 @@ def test_selection_time_is_spread_over_its_uses() -> None:
 
 def test_candidates() -> None:
     assert [c.name for c in candidates("s2, blasst,s2")] == ["s2", "blasst"]
-    assert [c.name for c in candidates(None)] == ["blasst", "anchor", "s2", "sparsed", "vdit"]
+    assert [c.name for c in candidates(None)] == ["blasst", "anchor", "s2", "search", "sparsed", "vdit"]
     for bad in ("nonsense", "s2,nonsense", ","):
         with pytest.raises(ValueError, match="choose from blasst,anchor"):
             candidates(bad)
@@ -263,6 +266,33 @@ def test_structured_methods_keep_what_they_promise() -> None:
     assert len(vdit.options["patterns"]) == structured.HEADS
     assert any(pattern != "full" for pattern in vdit.options["patterns"])
     assert 0 < sparsed.output_error < 1 and 0 < vdit.output_error < 1
+
+
+def test_a_recipe_is_run_as_its_layers_are() -> None:
+    """The timed run of the table is `run_layer` bit for bit, and its patterns are those of the heads."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 96, 16), torch.randn(1, 2, 96, 16), torch.randn(1, 2, 96, 16)
+    q, k[:, :, 0] = q * 0.2 + 1, 3.0  # a sink, so that tiles fall
+    window, skip = {"block_size": 16, "local_blocks": 1, "vert_stride": 2}, {"block_m": 32, "block_n": 32}
+    groups = (
+        HeadGroup((0, 3), "s2", METHODS["s2"].config(**window)),
+        HeadGroup((2,), "blasst", METHODS["blasst"].config(threshold=0.5, **skip)),
+        HeadGroup((1,), "dense", DenseConfig()),
+    )
+    plan = LayerPlan(0, groups, "prefill")
+    done = runs.run_recipe(plan, q, k, v, is_causal=True, scale=0.25)
+    out, lse = run_layer(plan, q, k, v, is_causal=True, scale=0.25, return_lse=True)
+    assert torch.equal(done.result.out, out) and torch.equal(done.result.lse, lse)
+    assert done.select_s > 0 and done.attend_s > 0 and done.engines
+    p = (q @ k.repeat_interleave(2, 1).mT * 0.25).masked_fill(~torch.ones(96, 96).bool().tril(), -torch.inf)
+    density = done.pattern.density(True)[0]
+    for head in range(4):
+        one = done.pattern.of_head(head)
+        tokens = one.to_dense(True)[0, 0]
+        held = (p[0, head].exp() * tokens).sum(-1).log()
+        torch.testing.assert_close(held, lse[0, head], rtol=0, atol=1e-4)
+        assert density[head].item() == pytest.approx(tokens.sum().item() / (96 * 97 / 2))
+    assert density[1] == 1 and density[0] < 1 and density[2] < 1
 
 
 # -- pictures -----------------------------------------------------------------------------------------
@@ -372,6 +402,40 @@ def test_command_writes_its_files(tiny_directory, tmp_path) -> None:
         assert f"{row['density']:.1%}" in page and row["label"] in page
 
 
+def test_the_search_finds_the_recipe_of_its_row(tiny_directory, tmp_path) -> None:
+    """The row is what the recipe's file does to the model; the page shows every head's choice."""
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    arguments = ("--tokens", "512", "--model", str(tiny_directory), "--output", str(tmp_path / "o"))
+    result = run(*arguments, "--methods", "search", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    (row,) = report["methods"]
+    found = report["search"]
+    assert found["tokens"] == 512 and 0 < found["error"] <= found["budget"]
+    recipe = Recipe.load(tmp_path / "o" / "demo.recipe.json")
+    loaded = model.load_model(tiny_directory, device=torch.device("cpu"), dtype=torch.float32)
+    words = " ".join(f"{n} abc & <b> cab" for n in range(2000))
+    ids = torch.tensor([loaded.encode(words)[:512]])
+    with patched(loaded.model, recipe):
+        assert row["perplexity"] == pytest.approx(measure.perplexity(loaded.model, ids), rel=1e-6)
+    assert 0 < row["density"] < 1 and row["recall_worst"] < 1
+    assert len(found["grid"]) == 2 and all(len(heads) == 4 for heads in found["grid"])
+    assert sum(x["heads"] for x in found["settings"]) == 8 == sum(row["options"].values())
+    page = (tmp_path / "o" / "demo.html").read_text()
+    check_self_contained(page)
+    assert page.count("<rect") == 8 and "The recipe that the search found" in page
+    assert str(tmp_path / "o" / "demo.recipe.json") not in result.stdout, "--json prints the report alone"
+
+
+def test_without_scipy_the_search_says_so_before_anything_is_measured(tiny_directory, tmp_path, monkeypatch):
+    real = model.importlib.util.find_spec
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda x: None if x == "scipy" else real(x))
+    arguments = ("--tokens", "300", "--model", str(tiny_directory), "--output", str(tmp_path / "o"))
+    result = run(*arguments, "--methods", "s2,search")
+    assert result.exit_code == 1 and "pip install scipy" in result.stderr
+    assert not (tmp_path / "o" / "demo.json").exists()
+
+
 def check_self_contained(page: str) -> None:
     """Nothing is fetched: no address, script, style sheet, frame or import."""
     without_images = re.sub(r'"data:image/png;base64,[A-Za-z0-9+/=]+"', '""', page)
@@ -442,7 +506,7 @@ def test_real_model_end_to_end(tmp_path, monkeypatch) -> None:
     report = json.loads((tmp_path / "demo.json").read_text())
     assert 10 < report["dense"]["perplexity"] < 30
     rows = {row["name"]: row for row in report["methods"]}
-    assert set(rows) == {"blasst", "anchor", "s2", "sparsed", "vdit"}
+    assert set(rows) == {"blasst", "anchor", "s2", "search", "sparsed", "vdit"}
     for row in rows.values():
         assert 0 < row["density"] <= 1 and row["recall_worst"] <= row["recall_mean"] < 1 + 1e-4, row
     for name in ("blasst", "anchor"):
@@ -458,6 +522,6 @@ def test_attended_layout_leaves_skipped_tiles_out() -> None:
     k[:, :, 0] = 2  # a sink: later tiles away from it fall
     plan = Plan(SparseLayout.full(64, 64, block_m=16, block_n=16), torch.full((1, 1), -0.5))
     result = attend(q, k, k, plan, is_causal=True, engine="reference", want_kept=True)
-    pattern = measure.attended_layout(plan, result)
+    pattern = runs.attended_layout(plan, result)
     assert result.kept is not None and int(result.kept.sum()) == 4, "only tiles with the sink stay"
     assert torch.equal(pattern.block_mask(), result.kept.bool())

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_attn.methods import METHODS
+from sparse_attn.recipe import Recipe
+
+SEARCH = "search"  # the row that is no method but a recipe
 
 
 @dataclass(frozen=True)
@@ -13,11 +16,12 @@ class Candidate:
     """One row of the table.
 
     Attributes:
-        name: in the registry.
+        name: in the registry, or SEARCH.
         label: for people.
         options: fields of the method's config, as a user would write them.
         fits: which models and phases the method is for.
         note: how to read the row's numbers.
+        recipe: what runs instead of a method, once it has been found.
     """
 
     name: str
@@ -25,10 +29,11 @@ class Candidate:
     options: dict[str, Any] = field(default_factory=dict)
     fits: str = ""
     note: str = ""
+    recipe: Recipe | None = None
 
     @property
     def is_causal(self) -> bool:
-        return METHODS[self.name].causal
+        return self.name == SEARCH or METHODS[self.name].causal
 
     def config(self) -> Any:
         return METHODS[self.name].config(**self.options)
@@ -68,6 +73,13 @@ _CANDIDATES = (
         "without training costs.",
     ),
     Candidate(
+        SEARCH,
+        "Recipe, searched",
+        fits="Any trained model: `sparse-attn search` measures every method on every head and takes for each "
+        "the cheapest that keeps the output within a budget. The recipe is a file; `sa.patch(model, FILE)` "
+        "runs it.",
+    ),
+    Candidate(
         "sparsed",
         "SparseD",
         {"skip_ratio": 0.2, "select_ratio": 0.3, "block_size": 64},
@@ -87,12 +99,12 @@ _CANDIDATES = (
 
 
 def candidates(names: str | None) -> list[Candidate]:
-    """The named methods, comma-separated, or all that are registered.
+    """The named methods, comma-separated, or all that are registered; and the search.
 
     Raises:
         ValueError: an unknown name.
     """
-    present = {c.name: c for c in _CANDIDATES if c.name in METHODS}
+    present = {c.name: c for c in _CANDIDATES if c.name in (*METHODS, SEARCH)}
     if names is None:
         return list(present.values())
     wanted = [name.strip() for name in names.split(",") if name.strip()]

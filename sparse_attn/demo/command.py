@@ -18,11 +18,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from sparse_attn.demo.candidates import Candidate, candidates
+from sparse_attn.demo.candidates import SEARCH, Candidate, candidates
 from sparse_attn.demo.heads import HeadPicker, Picture
 from sparse_attn.demo.measure import Row, decoder_layers, measure_model
 from sparse_attn.demo.model import LoadedModel, MissingAssetError, default_device, load_model
 from sparse_attn.demo.report import render_html
+from sparse_attn.demo.short_search import RECIPE_FILE, check_installed, short_search
 from sparse_attn.demo.structured import LAYERS, measure_structured
 from sparse_attn.demo.table import print_report
 from sparse_attn.demo.text import TEXT_NAME, read_text
@@ -40,18 +41,22 @@ def demo_command(
         int | None, typer.Option(help=f"Tokens that the model reads; default {DEFAULT_TOKENS}.")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated, of blasst,anchor,s2,sparsed,vdit; default: all.")
+        str | None,
+        typer.Option(help="Comma-separated, of blasst,anchor,s2,search,sparsed,vdit; default: all."),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="A transformers model directory; default: SmolLM2-135M-Instruct.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where demo.json and demo.html are written.")] = Path("."),
+    output: Annotated[Path, typer.Option(help="Where demo.json, demo.html and demo.recipe.json go.")] = Path(
+        "."
+    ),
     engine: Annotated[str | None, typer.Option(help=f"Insist on one of {', '.join(ENGINES)}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print demo.json instead of the table.")] = False,
 ) -> None:
     """Run a real language model dense and with each sparse method, and say what each one costs and saves.
 
-    Writes demo.json and demo.html; needs no network.
+    The row of the search is a recipe, found in this run. Writes demo.json, demo.html and demo.recipe.json;
+    needs no network.
     """
     messages = Console(stderr=True)
     try:
@@ -63,7 +68,10 @@ def demo_command(
         print(json.dumps(report, indent=1))
     else:
         print_report(report)
-        Console().print(f"\nPictures and details: {output / 'demo.html'}   numbers: {output / 'demo.json'}")
+        recipe = f"   recipe: {output / RECIPE_FILE}" if "search" in report else ""
+        Console().print(
+            f"\nPictures and details: {output / 'demo.html'}   numbers: {output / 'demo.json'}{recipe}"
+        )
 
 
 def run_demo(
@@ -74,7 +82,7 @@ def run_demo(
     engine: str | None,
     messages: Console,
 ) -> dict[str, Any]:
-    """Measure, write demo.json and demo.html into `output`, and return what demo.json holds.
+    """Measure, write demo.json, demo.html and the recipe into `output`, and return what demo.json holds.
 
     Raises:
         MissingAssetError: the model or the text is not installed. ValueError: a bad argument.
@@ -86,6 +94,8 @@ def run_demo(
     tokens = _token_count(tokens, engine, device, messages)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     output.mkdir(parents=True, exist_ok=True)
+    if any(c.name == SEARCH for c in chosen):
+        check_installed()
     causal = [c for c in chosen if c.is_causal]
     bidirectional = [c for c in chosen if not c.is_causal]
     report: dict[str, Any] = {"provenance": _provenance(device, dtype), "tokens": tokens}
@@ -94,8 +104,10 @@ def run_demo(
     engines: set[str] = set()
     with use_engine(engine) if engine else nullcontext(), _progress(messages) as progress:
         if causal:
-            loaded, ids = _load(model_directory, tokens, device, dtype, progress)
+            loaded, ids, text = _load(model_directory, tokens, device, dtype, progress)
             report |= {"model": loaded.name, "text": TEXT_NAME}
+            causal, found = _searched(causal, loaded, text, tokens, output, progress)
+            report |= found
             causal_rows, dense, drawn = _run_model(loaded, ids, causal, progress)
             engines |= set(dense.pop("engines"))
             report["dense"] = dense
@@ -144,7 +156,7 @@ def _progress(messages: Console) -> Progress:
 
 def _load(
     directory: Path | None, tokens: int, device: torch.device, dtype: torch.dtype, progress: Progress
-) -> tuple[LoadedModel, torch.Tensor]:
+) -> tuple[LoadedModel, torch.Tensor, str]:
     task = progress.add_task("loading the model and the text", total=1)
     text = read_text()
     loaded = load_model(directory, device=device, dtype=dtype)
@@ -155,7 +167,21 @@ def _load(
     if len(numbers) < tokens:
         raise ValueError(f"demo: --tokens is {tokens}; the text has only {len(numbers)}.")
     progress.advance(task)
-    return loaded, torch.tensor([numbers], device=device)
+    return loaded, torch.tensor([numbers], device=device), text
+
+
+def _searched(
+    causal: list[Candidate], loaded: LoadedModel, text: str, tokens: int, output: Path, progress: Progress
+) -> tuple[list[Candidate], dict[str, Any]]:
+    """The rows, the search's with the recipe that it found; and {"search": what the report shows of it}."""
+    rows, facts = [], {}
+    for c in causal:
+        if c.name == SEARCH:
+            c, facts["search"] = short_search(c, loaded, text, tokens, progress)
+            assert c.recipe is not None
+            c.recipe.save(output / RECIPE_FILE)
+        rows.append(c)
+    return rows, facts
 
 
 def _run_model(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
 
 import torch
 from torch import Tensor
 
+from sparse_attn.demo.runs import HeadPatterns
 from sparse_attn.layout import SparseLayout
 
 SINK_KEYS = 4
@@ -63,7 +65,13 @@ class HeadPicker:
         self.best: dict[str, _Pick] = {}
 
     def offer(
-        self, layer: int, q: Tensor, k: Tensor, lse: Tensor, scale: float, patterns: dict[str, SparseLayout]
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        scale: float,
+        patterns: Mapping[str, SparseLayout | HeadPatterns],
     ) -> None:
         """q: [1, Hq, L, D]; k: [1, Hkv, L, D]; lse: dense, [1, Hq, L]; patterns: method -> layout. Causal."""
         group = q.shape[1] // k.shape[1]
@@ -78,7 +86,7 @@ class HeadPicker:
                 )
                 self.best[kind] = _Pick(
                     score, layer, head, caption, q.shape[1], q[0, head].clone(), k[0, head // group].clone(),
-                    scale, patterns,
+                    scale, {name: _of_head(x, head) for name, x in patterns.items()},
                 )  # fmt: skip
 
     def _shares(self, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +115,11 @@ class HeadPicker:
                     )
                 )  # fmt: skip
         return result
+
+
+def _of_head(pattern: SparseLayout | HeadPatterns, head: int) -> SparseLayout:
+    """A layout to look the head up in; one with a single head serves for any."""
+    return pattern.of_head(head) if isinstance(pattern, HeadPatterns) else pattern
 
 
 def draw_head(

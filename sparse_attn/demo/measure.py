@@ -8,7 +8,6 @@ its attention, for the perplexity.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from sparse_attn.attend import Attended, attend
 from sparse_attn.demo.candidates import Candidate
 from sparse_attn.demo.heads import HeadPicker
-from sparse_attn.engines import AttendCall, choose
+from sparse_attn.demo.runs import Run, run_method, run_recipe, timed
 from sparse_attn.integrations.patching import patched
 from sparse_attn.layout import SparseLayout
-from sparse_attn.methods import METHODS, Context
+from sparse_attn.methods import METHODS
 from sparse_attn.plan import Plan
 
 DENSE_BLOCK = 128
@@ -117,7 +116,7 @@ class LayerProbe:
         self, candidates: list[Candidate], advance: Advance, picker: HeadPicker | None = None
     ) -> None:
         self.candidates = candidates
-        self.configs = {c.name: c.config() for c in candidates}
+        self.configs = {c.name: c.config() for c in candidates if c.recipe is None}
         self.tallies = {c.name: Tally() for c in candidates}
         self.dense_times: dict[str, list[float]] = defaultdict(list)
         self.engines: set[str] = set()
@@ -156,37 +155,25 @@ class LayerProbe:
 
     def _run(
         self, c: Candidate, q: Tensor, k: Tensor, v: Tensor, layer: int, is_causal: bool, scale: float
-    ) -> tuple[Plan, Attended, float, float]:
-        """Select and attend, timed apart."""
-        method, context = METHODS[c.name], Context(layer=layer)
-
-        def select() -> Plan:
-            return method.select(
-                q, k, self.configs[c.name], is_causal=is_causal, scale=scale, context=context
-            )
-
-        chosen, plan = timed(select, q.device)
-        skips = plan.skip_below is not None
-
-        def run() -> Attended:
-            return attend(q, k, v, plan, is_causal=is_causal, scale=scale, enable_gqa=True, want_kept=skips)
-
-        attended, result = timed(run, q.device)
-        return plan, result, chosen, attended
+    ) -> Run:
+        if c.recipe is not None:
+            plan = c.recipe.plan_for(layer, "prefill")
+            return run_recipe(plan, q, k, v, is_causal=is_causal, scale=scale)
+        how: dict[str, Any] = {"layer": layer, "is_causal": is_causal, "scale": scale}
+        return run_method(METHODS[c.name], self.configs[c.name], q, k, v, **how)
 
     def _note(
         self, q: Tensor, k: Tensor, scale: float, is_causal: bool, done: dict[str, Any], layer: int
     ) -> None:
         dense, patterns = done["full"], {}
         for c in self.candidates:
-            plan, result, chosen, attended = done[c.name]
-            pattern = attended_layout(plan, result)
-            patterns[c.name] = pattern
+            run: Run = done[c.name]
+            patterns[c.name] = run.pattern
             tally = self.tallies[c.name]
-            tally.add(result, dense, pattern.density(is_causal, per_head=True))
-            tally.times["select"].append(chosen)
-            tally.times["attend"].append(attended)
-            self.engines.add(engine_of(q, k, plan, is_causal, scale))
+            tally.add(run.result, dense, run.pattern.density(is_causal, per_head=True))
+            tally.times["select"].append(run.select_s)
+            tally.times["attend"].append(run.attend_s)
+            self.engines |= run.engines
         if self.picker is not None:
             self.picker.offer(layer, q, k, dense.lse, scale, patterns)
 
@@ -228,10 +215,14 @@ def measure_model(
     rows = []
     for c in candidates:
         row = probe.tallies[c.name].row(c, "language model", probe.dense_times, options=c.options)
-        with patched(model, c.name, c.config()), advancing(model, advance):
+        with _patched(model, c), advancing(model, advance):
             row.perplexity = perplexity(model, ids)
         rows.append(row)
     return rows, dense
+
+
+def _patched(model: Any, c: Candidate) -> Any:
+    return patched(model, c.name, c.config()) if c.recipe is None else patched(model, c.recipe)
 
 
 class advancing:
@@ -272,36 +263,7 @@ def perplexity(model: Any, ids: Tensor, chunk: int = 512) -> float:
 # -- shared with the structured half ------------------------------------------------------------------
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds, and what the function returned."""
-    _wait(device)
-    start = time.perf_counter()
-    value = function()
-    _wait(device)
-    return time.perf_counter() - start, value
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def full_layout(q: Tensor, k: Tensor) -> SparseLayout:
     return SparseLayout.full(
         q.shape[2], k.shape[2], block_m=DENSE_BLOCK, block_n=DENSE_BLOCK, device=q.device
     )
-
-
-def attended_layout(plan: Plan, result: Attended) -> SparseLayout:
-    """What was really attended: the plan's layout less the tiles that its skip rule dropped."""
-    layout = plan.layout
-    if plan.skip_below is None or result.kept is None:
-        return layout
-    return SparseLayout.from_dense_mask(
-        result.kept.bool(), block_m=layout.block_m, block_n=layout.block_n, L=layout.L, S=layout.S
-    )
-
-
-def engine_of(q: Tensor, k: Tensor, plan: Plan, is_causal: bool, scale: float) -> str:
-    """The engine that `attend` takes for this call."""
-    return choose(AttendCall(q, k, k, plan.layout, plan.skip_below, is_causal, scale)).name

@@ -8,6 +8,7 @@ from typing import Any
 from sparse_attn.demo.heads import Picture
 from sparse_attn.demo.image import attention_png, pattern_png
 from sparse_attn.demo.table import HEADINGS, LEGEND, cells, dense_cells, headline, sections
+from sparse_attn.search.report import COLOURS, DENSE_COLOUR
 
 _STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --tint: #d6e4f4; --deep: #08306b; --red: #c81e14; }
@@ -42,6 +43,8 @@ figcaption b { color: var(--ink); }
 .fits { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); gap: 14px; }
 .fits p { margin: 6px 0 0; font-size: .92rem; }
 .key i { display: inline-block; width: 12px; height: 12px; margin: 0 4px 0 10px; vertical-align: -1px; }
+.map { display: block; width: 100%; max-height: 340px; }
+.key span { white-space: nowrap; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
@@ -69,6 +72,7 @@ def render_html(report: dict[str, Any], pictures: list[Picture]) -> str:
         _table(report),
         f'<p class="soft">{escape(LEGEND)}</p>',
         _pictures(pictures, labels),
+        _recipe(report["search"]) if "search" in report else "",
         _fits(report["methods"]),
         _provenance(report),
     ]
@@ -135,6 +139,34 @@ def _figure(source: str, name: str, text: str) -> str:
     return (
         f'<figure><img src="{source}" alt="{alt}"><figcaption><b>{escape(name)}</b><br>{escape(text)}'
         "</figcaption></figure>"
+    )
+
+
+def _recipe(found: dict[str, Any]) -> str:
+    """The pattern of every head, as the search chose it: layers across, heads down."""
+    labels = [x["label"] for x in found["settings"]]
+    others = iter(COLOURS)
+    colours = [DENSE_COLOUR if label == "dense" else next(others, DENSE_COLOUR) for label in labels]
+    cells = "".join(
+        f'<rect x="{layer}.06" y="{head}.06" width=".88" height=".88" fill="{colours[n]}">'
+        f"<title>layer {layer}, head {head}: {escape(labels[n])}</title></rect>"
+        for layer, row in enumerate(found["grid"])
+        for head, n in enumerate(row)
+    )
+    width, height = len(found["grid"]), max(len(row) for row in found["grid"])
+    key = "".join(
+        f'<span><i style="background:{colour}"></i>{escape(x["label"])} ({x["heads"]})</span> '
+        for x, colour in zip(found["settings"], colours, strict=True)
+    )
+    return (
+        '<h2>The recipe that the search found</h2><div class="card">'
+        f'<p class="soft">{found["candidates"]} candidates were measured on every head, on {found["tokens"]} '
+        "tokens that the table does not read. For each head the choice is the cheapest that keeps the "
+        f"relative error of all (root mean square) within {found['budget']}: {found['error']:.3f}. It took "
+        f"{found['seconds']:.0f} s. Layers across, heads down; <code>sparse-attn recipe show "
+        f"{escape(found['recipe'])}</code> lists it.</p>"
+        f'<svg class="map" viewBox="0 0 {width} {height}" role="img" aria-label="pattern of every head">'
+        f'{cells}</svg><p class="soft key">{key}</p></div>'
     )
 
 

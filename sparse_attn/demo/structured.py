@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_attn.attend import Attended, attend
 from sparse_attn.demo.candidates import Candidate
 from sparse_attn.demo.heads import Picture, draw_head
-from sparse_attn.demo.measure import Advance, Row, Tally, engine_of, full_layout, timed
+from sparse_attn.demo.measure import Advance, Row, Tally, full_layout
+from sparse_attn.demo.runs import engine_of, timed
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.plan import Plan
 from sparse_attn.testing_data import structured_qk

@@ -82,6 +82,7 @@ class Search:
         is_causal: whether the model's attention is.
         video: see `Shape`.
         prompt_len: tokens before the generated ones, for SparseD.
+        curve: also solve for the report's curve of time against error.
         part: (rank, size): measure only the layers n with n % size == rank (`jobs.py`).
     """
 
@@ -95,6 +96,7 @@ class Search:
     is_causal: bool = True
     video: tuple[int, int, int, int, bool] | None = None
     prompt_len: int = 0
+    curve: bool = True
     part: tuple[int, int] = (0, 1)
     progress: Progress = field(default_factory=Silent)
 
@@ -398,7 +400,7 @@ class Search:
             "trials": trials,
             "losses": self.folder.read_losses(),
         }
-        summary["pareto"], summary["greedy"] = pareto(problem, measured, spent)
+        summary["pareto"], summary["greedy"] = pareto(problem, measured, spent) if self.curve else ([], [])
         return summary
 
     def folder_dtype(self) -> str:
