@@ -71,6 +71,10 @@ def search_command(
     jobs: Annotated[
         int, typer.Option(help="Processes that measure, each on layers of its own and a GPU of its own.")
     ] = 1,
+    closed_loop: Annotated[
+        bool,
+        typer.Option("--closed-loop", help="Choose layers in order, each measured behind the chosen ones."),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the tokens drawn for the divergence.")] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Another text: report the perplexity on it.")] = None,
 ) -> None:
@@ -93,7 +97,7 @@ def search_command(
         options = {
             "candidates": distinct([*default_candidates(shape, names), *own]),
             "table": None if cost_table is None else CostTable.load(cost_table),
-            "num_queries": queries, "seed": seed, "resume": resume,
+            "num_queries": queries, "seed": seed, "resume": resume, "closed_loop": closed_loop,
         }  # fmt: skip
         folder = out.with_name(f"{out.stem}.search") if work is None else work
         if dry_run:
@@ -306,7 +310,8 @@ def _say_plan(
         start = time.perf_counter()
         trial.measure_first_layer()
         layer = time.perf_counter() - start
-    total = language.num_samples * (4 * one_pass + f.num_layers * layer) + 5 * one_pass
+    total = language.num_samples * (4 * one_pass + f.num_layers * layer)
+    total = (2 if trial.closed_loop else 1) * total + 5 * one_pass  # a closed loop measures again, or twice
     console.print(
         f"would measure {len(trial.options)} candidates on {f.num_layers} layers of {f.num_heads} heads, "
         f"{language.num_samples} sample(s) of {language.length} tokens, into {folder}; solve; write {out}.\n"

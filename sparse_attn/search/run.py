@@ -82,6 +82,7 @@ class Search:
         is_causal: whether the model's attention is.
         video: see `Shape`.
         prompt_len: tokens before the generated ones, for SparseD.
+        closed_loop: choose layers in order, each measured behind the chosen ones (`closed.py`).
         curve: also solve for the report's curve of time against error.
         part: (rank, size): measure only the layers n with n % size == rank (`jobs.py`).
     """
@@ -96,6 +97,7 @@ class Search:
     is_causal: bool = True
     video: tuple[int, int, int, int, bool] | None = None
     prompt_len: int = 0
+    closed_loop: bool = False
     curve: bool = True
     part: tuple[int, int] = (0, 1)
     progress: Progress = field(default_factory=Silent)
@@ -179,15 +181,19 @@ class Search:
     ) -> Tensor:
         """The attention function of a measuring pass: dense, and everything else on the side."""
         if self._is_mine(layer) and not self.folder.has_measure(sample, layer):
-            gradient = self.folder.read_gradient(sample, layer)
-            gradient = None if gradient is None else gradient.to(q.device)
-            call = Call(layer, q, k, v, is_causal, scale, gradient, self.prompt_len)
-            self._measure_layer(sample, call)
-            self.folder.drop_gradient(sample, layer)
+            self._measure_call(sample, q, k, v, layer=layer, is_causal=is_causal, scale=scale)
         self.progress.advance()
         if layer >= last:
             raise _Enough
         return sdpa(q, k, v, is_causal=is_causal, scale=scale)
+
+    def _measure_call(
+        self, sample: int, q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool, scale: float
+    ) -> None:
+        gradient = self.folder.read_gradient(sample, layer)
+        gradient = None if gradient is None else gradient.to(q.device)
+        self._measure_layer(sample, Call(layer, q, k, v, is_causal, scale, gradient, self.prompt_len))
+        self.folder.drop_gradient(sample, layer)
 
     def _measure_layer(self, sample: int, call: Call) -> None:
         if sample == 0 and call.layer == 0:
@@ -233,8 +239,8 @@ class Search:
         with one_thread(call.q.device.type):
             self.folder.write_select_us(select_us(unknown, call, rounds=3))
 
-    def measured(self) -> Measured:
-        """What has been measured so far, as arrays.
+    def measured(self, layers: Sequence[int] | None = None) -> Measured:
+        """What has been measured so far, as arrays: of these layers, by default of all.
 
         Raises:
             ValueError: nothing has.
@@ -242,6 +248,7 @@ class Search:
         assert self.table is not None
         f = self.model.fingerprint
         found = self.folder.layers(self.model.num_samples, f.num_layers)
+        found = {n: samples for n, samples in found.items() if layers is None or n in layers}
         if not found:
             raise ValueError("search: no layer has been measured yet.")
         measures = {n: [self.folder.read_measure(s, n) for s in samples] for n, samples in found.items()}
@@ -270,10 +277,17 @@ class Search:
             if weight == "divergence" and not has_harm:
                 raise ValueError("search: this model gives no gradients; use a budget of relative_error.")
             choice, trials = self._within(rule, measured, weight, try_recipes)
-        problem = measured.problem(weight)
         whole = len(measured.layers) == self.model.fingerprint.num_layers
+        closed: list[dict[str, Any]] = []
+        if self.closed_loop and whole and try_recipes and isinstance(rule, Budget):
+            from sparse_attn.search.closed import close  # late: it extends this class
+
+            measured, choice, closed = close(self, rule, measured, weight, choice)
+        problem = measured.problem(weight)
         recipe = self._recipe(measured, choice, partial=not whole)
-        summary = {"weight": weight} | self._summary(rule, measured, problem, choice, trials)
+        summary = {"weight": weight, "closed_loop": closed} | self._summary(
+            rule, measured, problem, choice, trials
+        )
         return Found(recipe, measured, choice, self.options, summary)
 
     def _recipe(self, measured: Measured, choice: np.ndarray, *, partial: bool) -> Recipe:
@@ -430,9 +444,13 @@ def search(
             was measured.
     """
     run = Search(model, work, **options)
+    if run.closed_loop and isinstance(rule, PaperRule):
+        raise ValueError(
+            "search: the closed loop shares a budget out among the layers; the paper's rule has none."
+        )
     try:
         if jobs is not None and jobs.count > 1:
-            shared = {k: v for k, v in options.items() if k not in ("resume", "progress")}
+            shared = {k: v for k, v in options.items() if k not in ("resume", "progress", "closed_loop")}
             total = model.fingerprint.num_layers * model.num_samples
             jobs.measure(Path(work), shared, total, run.progress)
         run.measure()

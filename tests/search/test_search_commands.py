@@ -64,6 +64,9 @@ def test_search_writes_a_recipe_and_a_report(directory, tmp_path):
     assert invoke(*words).exit_code == 1  # an earlier search lies there
     again = invoke(*words, "--resume")
     assert again.exit_code == 0, again.output
+    closed = invoke(*words, "--resume", "--closed-loop")
+    assert closed.exit_code == 0, closed.output
+    assert json.loads((tmp_path / "r.search" / "summary.json").read_text())["closed_loop"]
     shown = invoke("report", tmp_path / "r.json", "--no-png")
     assert shown.exit_code == 0 and (tmp_path / "r.html").read_text().count("<button") == 4
 
