@@ -108,6 +108,9 @@ class _Shown:
         self.task: TaskID | None = None
 
     def stage(self, name: str, total: int) -> None:
+        for task in self.progress.tasks:
+            if task.id == self.task and not task.completed:
+                self.progress.remove_task(task.id)  # a stage that had nothing to do
         self.task = self.progress.add_task(f"search: {name}", total=total)
 
     def advance(self) -> None:
