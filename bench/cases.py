@@ -7,6 +7,7 @@ suite measures, so that the table of bars and the exit status follow from this f
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 
@@ -90,11 +91,17 @@ class Columns:
 @dataclass(frozen=True)
 class SkipTo:
     """BLASST with the lambda, found by bisection on the case's data, at which the engine skips this share
-    of the visible tiles; 0 is lambda = 0, with the vote in the kernel and nothing skipped."""
+    of the visible tiles. It may have to be above 1, which the paper's rule does not use.
+
+    Attributes:
+        sparsity: 0 is lambda = 0, where nothing can be skipped.
+        least_log_lambda: at least this; -64 with sparsity 0: every tile is voted on and none skipped.
+    """
 
     sparsity: float
     block_m: int = 64  # the vote group of the public Hopper kernel, and of ours
     block_n: int = 128
+    least_log_lambda: float = -inf
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,8 @@ _BLASST = [
          peers=("fa3",), rounds=9)
     for share in (0.0, 0.54, 0.83, 0.94)
 ]  # fmt: skip
+_ALL_VOTE = Case("blasst-0-voting", 32, 8, 65536, 128, SkipTo(0.0, least_log_lambda=-64.0), is_causal=True,
+                 data="causal", peers=("fa3",), rounds=9)  # fmt: skip
 _ANCHOR = Case("anchor-s131072", 32, 32, 131072, 128, ByMethod("anchor", {"theta": 10.0}), is_causal=True,
                data="causal", gate_length=6200, peers=("sdpa-cudnn",), rounds=5)  # fmt: skip
 _S2 = [
@@ -96,7 +98,7 @@ _VDIT = from_shape("vdit-s119056", "hunyuan-video-720p", ByMethod("vdit", {"patt
                    peers=("fa3",), rounds=5, gate_length=1500)  # fmt: skip
 
 _LIST_CASES, _LIST_BARS = _lists()
-HOPPER_CASES = [*_DENSE, *_LIST_CASES, _SKEWED, _COLUMNS, *_BLASST, _ANCHOR, *_S2, _VDIT]
+HOPPER_CASES = [*_DENSE, *_LIST_CASES, _SKEWED, _COLUMNS, *_BLASST, _ALL_VOTE, _ANCHOR, *_S2, _VDIT]
 
 _FA2 = "median over paired rounds of (FlashAttention-2 dense through torch / ours)"
 _FA3 = "median over paired rounds of (FlashAttention-3 dense / ours)"

@@ -160,13 +160,13 @@ def _skip_to(case: Case, q: Tensor, k: Tensor, v: Tensor, engine: str | None) ->
         return Plan(layout, torch.full((1, case.q_heads), log_lambda, device=q.device))
 
     if pattern.sparsity == 0:
-        return plan(-torch.inf)
+        return plan(pattern.least_log_lambda)
     seen = case.q_heads
     if case.is_causal:
         seen *= int(visible_blocks(L, L, pattern.block_m, pattern.block_n, q.device).sum())
     else:
         seen *= layout.num_query_blocks * layout.num_key_blocks
-    low, high = -64.0, 0.0
+    low, high = max(-64.0, pattern.least_log_lambda), 8.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         kept = _kept(Problem(case, q, k, v, plan(middle), 1.0), engine)

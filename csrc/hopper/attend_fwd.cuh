@@ -35,13 +35,11 @@ __device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const u
   wgmma_commit();
 }
 
-// Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
+// What is left of an item's softmax: its log-sum-exp is stored, and `inverse` is what its outputs are multiplied by.
 template <typename K>
-__device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Work& work,
-                                             float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state, int group,
-                                             int tile) {
+__device__ __forceinline__ void finish_softmax(const AttendFwdParams& p, const Work& work, const SoftmaxState& state,
+                                               float (&inverse)[2]) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(state.sum[r]);
@@ -54,6 +52,13 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
       p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
     }
   }
+}
+
+// Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
+template <typename K>
+__device__ __forceinline__ void leave_output(SharedStorage<K>& shared, float (&o)[K::HEAD_DIM / 2],
+                                             const float (&inverse)[2], int group, int tile) {
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   if (__any_sync(0xffffffff, inverse[0] == 0.f || inverse[1] == 0.f)) {
     // Rows that attend nothing may hold anything, even NaN.
 #pragma unroll
@@ -77,17 +82,31 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
 }
 
-// The vote of a warpgroup's four warps to leave out a tile. A warp that keeps it leaves a note and goes on; one that would
-// not waits for the others, and hears whether all agree. `note` is the warpgroup's for this stage, whose number is from 1.
-__device__ __forceinline__ void vote_to_keep(unsigned& note, unsigned stage, int barrier) {
-  if (threadIdx.x % 32 == 0) *const_cast<volatile unsigned*>(&note) = stage;
+// A warp's vote to leave out a tile; `votes` are those of its warpgroup. One that keeps it goes on; one that would not waits
+// for the others. Returns whether all agree to leave it out.
+__device__ __forceinline__ bool vote(unsigned* votes, unsigned stage, bool to_skip, int barrier) {
+  const unsigned to_keep = 2 * stage + 3;
+  if (threadIdx.x % 32 == 0) *const_cast<volatile unsigned*>(votes + threadIdx.x % 128 / 32) = to_keep - to_skip;
   __syncwarp();
-  named_arrive(barrier, 128);
-}
-__device__ __forceinline__ bool all_vote_to_skip(const unsigned& note, unsigned stage, int barrier) {
+  if (!to_skip) {
+    named_arrive(barrier, 128);
+    return false;
+  }
   named_sync(barrier, 128);
-  return *const_cast<const volatile unsigned*>(&note) != stage;
+  const uint4 all = *reinterpret_cast<const uint4*>(votes);
+  return all.x != to_keep && all.y != to_keep && all.z != to_keep && all.w != to_keep;
 }
+
+// What a visit of a stage is known to be when it is compiled.
+enum : unsigned {
+  kMasked = 1,
+  kFirst = 2,    // of the next item
+  kPending = 4,  // P V of an earlier stage is issued beside Q K
+  kVoting = 8,   // the tile may be left out
+  kLeaving = 16  // o still holds the item before, and is left while Q K is multiplied
+};
+template <unsigned FLAGS>
+struct Visit {};
 
 // One consumer warpgroup. Its life is one stream of stages over all its items: the product Q K of a stage is
 // issued before P V of the stage before it, even where that stage belongs to the item before.
@@ -102,7 +121,6 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   constexpr SoftmaxState kNothing = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {}};
   SoftmaxState state = kNothing;
   Work work;
-  float skip_below = 0.f;  // in units of the unscaled scores
   unsigned position = 0;  // stages before the next one, or the next round
   Ring<K::kValueStages> values;  // where V of that stage is
   unsigned turn = 0;      // items taken so far: the current one and those before it
@@ -113,7 +131,6 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   bool is_pending_alone = false;
   int has_output = 0;  // o holds something of this item
   bool is_ready = false;  // K and V of the next visit are there
-  uint8_t* kept = nullptr;  // where this thread notes what tiles of its row were kept
 
   auto next_work = [&] {
     mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
@@ -123,49 +140,54 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     ++turn;
     return next;
   };
+  float inverse[2];  // what o of the item before is multiplied by when it is left
+  auto leave = [&] { leave_output<K>(shared, o, inverse, group, turn % kTiles); };
   // This warpgroup is done with a stage; alone with it, it speaks for the other as well.
   auto release = [&](uint64_t* barrier, bool is_alone) {
     if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : 1);
   };
 
   // Visit i of `item`. is_alone: the next stages are a round, of which this warpgroup has one.
-  // kBoundary: it is the first of the next item, and the current one is stored.
-  // kPending: P V of an earlier stage is issued beside Q K.
-  auto visit_one = [&](const Work& item, int i, bool is_alone, auto masked, auto boundary, auto with_pending) {
-    constexpr bool kMasked = decltype(masked)::value, kBoundary = decltype(boundary)::value;
-    constexpr bool kPending = decltype(with_pending)::value;
+  auto visit_one = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
+    constexpr bool kIsMasked = FLAGS & kMasked, kIsFirst = FLAGS & kFirst, kHasPending = FLAGS & kPending;
+    constexpr bool kVotes = K::SKIP && FLAGS & kVoting, kLeaves = FLAGS & kLeaving;
     const unsigned step = position + (K::ROUNDS && is_alone ? group : 0);
     auto own = values;
     if (K::ROUNDS && is_alone) own.advance(group);
     position += K::ROUNDS && is_alone ? 2 : 1;
     values.advance(K::ROUNDS && is_alone ? 2 : 1);
     const int slot = uniform(step % K::kKeyStages), phase = (step / K::kKeyStages) & 1, tile = uniform((turn - 1) % kTiles);
-    const int v_slot = uniform(pending.slot());
+    const auto before = K::SKIP ? Ring<K::kValueStages>{step - 1} : pending;
+    const int v_slot = uniform(before.slot());
     const int query = item.first_query[0] + row;
 
     if (i == 0) mbarrier_wait(&shared.q_full[tile], ((turn - 1) / kTiles) & 1);
-    if (kBoundary || !is_ready) mbarrier_wait(&shared.k_full[slot], phase);
+    if (kIsFirst || !is_ready) mbarrier_wait(&shared.k_full[slot], phase);
     if constexpr (K::COLUMNS) fence_async_proxy();
     int words[K::kEntries];
-    if constexpr (kMasked || K::SKIP) {
+    if constexpr (kIsMasked || K::SKIP) {
 #pragma unroll
       for (int e = 0; e < K::kEntries; ++e) words[e] = shared.words[slot][e];
     }
 
     if constexpr (K::TURNS) named_sync(kTurnBarrier + group, kConsumers);
     multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[slot]);
-    if constexpr (kPending) {
-      if (kBoundary || !is_ready) {
-        mbarrier_wait(&shared.v_full[v_slot], pending.phase());
+    if constexpr (kLeaves) {
+      if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
+      if (turn > 1) leave();
+    }
+    if constexpr (kHasPending) {
+      if (kIsFirst || !is_ready) {
+        mbarrier_wait(&shared.v_full[v_slot], before.phase());
         if constexpr (K::COLUMNS) fence_async_proxy();  // else the one above was late enough
       }
       multiply_pv<K>(o, probabilities, shared.v[v_slot], has_output);
     }
-    if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
+    if constexpr (K::TURNS && !kLeaves) named_arrive(kTurnBarrier + 1 - group, kConsumers);
 
-    wgmma_wait<kPending ? 1 : 0>();
+    wgmma_wait<kHasPending ? 1 : 0>();
     pin(s);
-    if constexpr (kMasked) {
+    if constexpr (kIsMasked) {
       if (K::COLUMNS && i - item.unmasked < item.masked_columns) {
         mask_columns(s, p, shared.columns[K::COLUMNS ? slot : 0], query, lane);
         named_sync(kGatherBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
@@ -174,117 +196,138 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       }
     }
     release(&shared.k_empty[slot], is_alone);
-
-    SoftmaxState fresh = state;
-    if constexpr (kBoundary) fresh = kNothing;
-    float largest[2], rescale[2];
-    thread_maxima(largest, s);
-    bool votes_to_skip = false;
-    if constexpr (K::SKIP) {
-      if constexpr (kBoundary) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
-      unsigned& note = shared.keeps[group][step % 4];
-      votes_to_skip = __all_sync(0xffffffff, largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1]);
-      if (!votes_to_skip) vote_to_keep(note, step + 1, kVoteBarrier + group);
-      else votes_to_skip = all_vote_to_skip(note, step + 1, kVoteBarrier + group);
-    }
-    auto finish_product = [&] {
-      if constexpr (kPending) {
-        wgmma_wait<0>();
-        pin(o);
-        release(&shared.v_empty[v_slot], is_pending_alone);
-        has_output = 1;
-      }
-    };
     const unsigned next = position + (K::ROUNDS && i + 1 >= item.unmasked ? group : 0);
     uint64_t* const next_k = &shared.k_full[next % K::kKeyStages];
     const int next_k_phase = (next / K::kKeyStages) & 1;
+    if constexpr (kVotes) is_ready = mbarrier_test(next_k, next_k_phase);  // all that counts if the tile is left out
+
+    SoftmaxState fresh = state;
+    if constexpr (kIsFirst) fresh = kNothing;
+    float largest[2], rescale[2];
+    thread_maxima(largest, s);
+    bool votes_to_skip = false;
+    if constexpr (kVotes) {
+      if constexpr (kIsFirst) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
+      votes_to_skip = __all_sync(0xffffffff, largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1]);
+      votes_to_skip = vote(shared.votes[step % 4] + 4 * group, step, votes_to_skip, kVoteBarrier + group);
+    }
+    auto finish_product = [&](unsigned done) {
+      if constexpr (kHasPending) {
+        wgmma_wait<0>();
+        pin(o);
+        has_output = 1;
+        if constexpr (!K::SKIP) release(&shared.v_empty[v_slot], is_pending_alone);
+      }
+      if (K::SKIP && elected) store_note(&shared.done[group], done);
+    };
     auto finish_item = [&] {
-      if constexpr (kBoundary) {
-        if (turn > 1) leave_output<K>(p, shared, work, o, state, group, turn % kTiles);
+      if constexpr (kIsFirst) {
+        if (turn > 1) finish_softmax<K>(p, work, state, inverse);
+        if (!K::COLUMNS && turn > 1) leave();
         has_output = 0;
       }
     };
-    if (!K::SKIP || !votes_to_skip) {
-      const bool moves = move_maxima<kBoundary, kMasked>(largest, fresh, rescale, p);
-      if constexpr (K::SKIP) {
+    if (!kVotes || !votes_to_skip) {
+      const bool moves = move_maxima<kIsFirst, kIsMasked>(largest, fresh, rescale, p);
+      if constexpr (kVotes) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + skip_below);
+        for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + item.skip_below);
       }
-      exponentials<Element, kMasked>(s, probabilities, fresh, p.scale_log2, [&] {
+      exponentials<Element, kIsMasked>(s, probabilities, fresh, p.scale_log2, [&] {
         // The exponentials so far come first, while the matrix unit works on P V.
-        if constexpr (kPending) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
-        finish_product();
+        if constexpr (kHasPending) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
+        finish_product(step);
       });
       // Asked now, the answer is there when the next visit starts.
       is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase());
       finish_item();
       state = fresh;
-      if ((kPending || K::SKIP) && !kBoundary && moves) rescale_output<K::HEAD_DIM>(o, rescale);
-      pending = own;
+      if ((kHasPending || K::SKIP) && !kIsFirst && moves) rescale_output<K::HEAD_DIM>(o, rescale);
+      if constexpr (!K::SKIP) pending = own;
       is_pending_alone = is_alone;
       is_pending = true;
       if constexpr (K::SKIP) {
-        if (kept != nullptr) kept[words[0] >> 2] = 1;
+        if (p.kept != nullptr && elected && item.first_query[0] < p.L) {
+          const int64_t row = int64_t(item.batch * p.q_heads + item.head) * p.num_query_blocks + item.first_query[0] / 64;
+          p.kept[row * p.num_key_blocks + (words[0] >> 2)] = 1;
+        }
       }
     } else {
-      finish_product();
-      // V comes all the same.
-      if (elected) mbarrier_wait(&shared.v_full[own.slot()], own.phase());
-      release(&shared.v_empty[own.slot()], is_alone);
-      is_ready = false;
+      finish_product(step + 1);
       finish_item();
       state = fresh;
       is_pending = false;
     }
   };
-  auto visit = [&](const Work& item, int i, bool is_alone, auto masked, auto boundary) {
-    if (!K::SKIP || uniform(is_pending)) visit_one(item, i, is_alone, masked, boundary, True{});
-    else visit_one(item, i, is_alone, masked, boundary, False{});
-  };
-  auto read_limit = [&](const Work& item) {
-    if constexpr (K::SKIP) {
-      const int batch_head = item.batch * p.q_heads + item.head;
-      skip_below = p.skip_below[batch_head] / p.scale;
-      kept = nullptr;
-      if (p.kept != nullptr && elected && item.first_query[0] < p.L)
-        kept = p.kept + (int64_t(batch_head) * p.num_query_blocks + item.first_query[0] / 64) * p.num_key_blocks;
-    }
+  auto visit = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
+    if (!K::SKIP || uniform(is_pending)) visit_one(item, i, is_alone, Visit<FLAGS | kPending | kVoting>());
+    else visit_one(item, i, is_alone, Visit<FLAGS | kVoting>());
   };
 
   // Ping-pong, with TURNS: named barrier kTurnBarrier + g lets warpgroup g issue its products; group 0 goes first.
   if (K::TURNS && group == 1) named_arrive(kTurnBarrier, kConsumers);
   work = next_work();
   if (work.is_last) return;
-  read_limit(work);
-  if (work.unmasked + work.rounds > 0) visit_one(work, 0, work.unmasked == 0, False{}, True{}, False{});
-  else visit_one(work, 0, true, True{}, True{}, False{});
+  if (work.unmasked + work.rounds > 0) visit_one(work, 0, work.unmasked == 0, Visit<kFirst | kVoting>());
+  else visit_one(work, 0, true, Visit<kFirst | kMasked | kVoting>());
   while (true) {
     const int unmasked = work.unmasked + work.rounds;
     const int visits = K::ROUNDS ? unmasked + work.masked_rounds : work.count;
     int i = 1;
+    // What loops carry stays in uniform registers only if it is known to be uniform where they begin.
+    auto keep_uniform = [&] {
+      position = uniform(position), values.at = uniform(values.at), pending.at = uniform(pending.at);
+    };
+    if constexpr (K::SKIP) {
+      keep_uniform();
+      if (uniform(work.skip_below == -INFINITY && is_pending)) {  // no tile may be left out
 #pragma unroll 2
-    for (; i < work.unmasked; ++i) visit(work, i, false, False{}, False{});
+        for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
+      }
+      while (i < work.unmasked) {
+        if (uniform(is_pending)) {
+#pragma unroll 2
+          do visit_one(work, i, false, Visit<kPending | kVoting>());
+          while (++i < work.unmasked && uniform(is_pending));
+        } else {
+#pragma unroll 1
+          do visit_one(work, i, false, Visit<kVoting>());
+          while (++i < work.unmasked && !uniform(is_pending));
+        }
+      }
+    } else if constexpr (K::COLUMNS) {
+      if (work.unmasked > 1) visit_one(work, 1, false, Visit<kPending | kLeaving>());
+      else if (turn > 1) leave();
+      keep_uniform();
+#pragma unroll 2
+      for (i = 2; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
+      i = max(work.unmasked, 1);
+    } else {
+#pragma unroll 2
+      for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
+    }
     if constexpr (K::ROUNDS) {
 #pragma unroll 1
-      for (; i < unmasked; ++i) visit(work, i, true, False{}, False{});
+      for (; i < unmasked; ++i) visit(work, i, true, Visit<0>());
     }
 #pragma unroll 1
-    for (; i < visits; ++i) visit(work, i, true, True{}, False{});
+    for (; i < visits; ++i) visit(work, i, true, Visit<kMasked>());
     const Work next = next_work();
     if (next.is_last) break;
-    read_limit(next);
-    if (next.unmasked + next.rounds > 0) visit(next, 0, next.unmasked == 0, False{}, True{});
-    else visit(next, 0, true, True{}, True{});
+    if (next.unmasked + next.rounds > 0) visit(next, 0, next.unmasked == 0, Visit<kFirst>());
+    else visit(next, 0, true, Visit<kFirst | kMasked>());
     work = next;
   }
   if (!K::SKIP || is_pending) {
+    if constexpr (K::SKIP) pending = {position - 1};
     mbarrier_wait(&shared.v_full[pending.slot()], pending.phase());
     if constexpr (K::COLUMNS) fence_async_proxy();
     multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);
     wgmma_wait<0>();
     pin(o);
   }
-  leave_output<K>(p, shared, work, o, state, group, turn % kTiles);  // `turn` counts the end, too
+  finish_softmax<K>(p, work, state, inverse);
+  leave();  // `turn` counts the end, too
 }
 
 template <typename K>
@@ -311,9 +354,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(&shared.work_full[s], 1);
-      mbarrier_init(&shared.work_empty[s], kConsumers / 32 + (K::COLUMNS ? 0 : 2));
+      mbarrier_init(&shared.work_empty[s], kConsumers / 32 + (K::COLUMNS ? 0 : K::SKIP ? 3 : 2));
     }
-    for (int i = 0; i < 8; ++i) shared.keeps[i / 4][i % 4] = 0;
+    for (int i = 0; i < 4 * kConsumers / 32; ++i) shared.votes[i / 8][i % 8] = 0;
+    shared.done[0] = shared.done[1] = 0;
     mbarrier_init_fence();
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
@@ -324,8 +368,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     give_registers<producer_registers(K::COLUMNS)>();
     if (threadIdx.x < K::kProducers) produce<K>(p, &map_q, &map_k, &map_v, &map_o, shared);
-    else if (threadIdx.x < 64) schedule<K>(p, &map_q, shared);
+    else if (threadIdx.x < 64) schedule<K>(p, &map_q, &map_k, &map_v, shared);
     else if (threadIdx.x < 96) store<K>(&map_o, shared);
+    else if constexpr (K::SKIP) produce_values<K>(p, &map_v, shared);
   } else {
     keep_registers<consumer_registers(K::COLUMNS)>();
     consume<K>(p, shared);

@@ -1,5 +1,6 @@
 // The producers: one warp walks lists and keeps the copy engine busy, one finds work and brings queries, one writes
-// outputs. Where there are columns, which the copy engine cannot gather, four warps gather, and the first does the rest.
+// outputs, and where tiles may be left out another brings V. Where there are columns, which the copy engine cannot
+// gather, four warps gather, and the first does the rest.
 #pragma once
 #include "tile.cuh"
 
@@ -69,6 +70,16 @@ __device__ __forceinline__ void copy_columns(typename K::Element* tile, const ch
   mbarrier_arrive_after_copies(full);
 }
 
+// The wait of a warp that has time. With SKIP it sleeps between its looks (config.h).
+template <typename K>
+__device__ __forceinline__ void wait_calmly(uint64_t* barrier, int phase) {
+  if constexpr (K::SKIP) {
+    while (!mbarrier_test(barrier, phase)) __nanosleep(kIdleNanoseconds);
+  } else {
+    mbarrier_wait(barrier, phase);
+  }
+}
+
 // An item whose list is empty: zeros, and -inf. One warp.
 template <typename K>
 __device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Work& work) {
@@ -91,7 +102,7 @@ __device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Wo
 template <typename K>
 __device__ __forceinline__ void publish(const AttendFwdParams& p, SharedStorage<K>& shared, int& item, int turn) {
   const int lane = threadIdx.x % 32;
-  mbarrier_wait(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
+  wait_calmly<K>(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
   Work& work = shared.work[turn & 1];
   while (true) {
     if (lane == 0) {
@@ -121,7 +132,7 @@ template <typename K>
 __device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K>& shared, const Work& work,
                                        int turn) {
   const int tile = turn % kTiles;
-  mbarrier_wait(&shared.q_empty[tile], ((turn / kTiles) & 1) ^ 1);
+  wait_calmly<K>(&shared.q_empty[tile], ((turn / kTiles) & 1) ^ 1);
   if (threadIdx.x % 32 == 0) {
     mbarrier_expect_bytes(&shared.q_full[tile], BLOCK_M * K::HEAD_DIM * sizeof(typename K::Element));
 #pragma unroll
@@ -134,12 +145,33 @@ __device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K
   __syncwarp();
 }
 
+// Each item has its share of its head's keys and values brought to the L2 cache when it is found: those at the place of its
+// queries. So a head's are there when the first of its items begin, and a window's when its queries do. One warp.
+template <typename K>
+__device__ __forceinline__ void prefetch_keys(const AttendFwdParams& p, const CUtensorMap* map_k,
+                                              const CUtensorMap* map_v, const Work& work) {
+  constexpr int kCopies = 2 * K::HEAD_DIM / kChunk, kRanges = K::HALVES ? 2 : 1, kRows = BLOCK_M / kRanges;
+  // Not where few of the head's keys might be read at all.
+  if (work.head % p.gqa_group != 0 || int64_t(work.count) * p.num_tiles < int64_t(p.num_key_blocks) / K::kEntries * kPrefetchFrom)
+    return;
+#pragma unroll 1
+  for (int g = 0; g < kRanges; ++g) {
+    const int first = int64_t(work.first_query[g]) * p.S / p.L / K::KEY_BLOCK;
+    const int end = min(int64_t(work.first_query[g] + kRows) * p.S / p.L + K::KEY_BLOCK - 1, int64_t(p.S)) / K::KEY_BLOCK;
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < (end - first) * kCopies; i += 32)
+      tma_prefetch(i % 2 ? map_v : map_k, i % kCopies / 2 * kChunk, (first + i / kCopies) * K::KEY_BLOCK,
+                   work.head / p.gqa_group, work.batch);
+  }
+  __syncwarp();
+}
+
 // Writes the outputs of the turn-th item, and frees its tile. One warp.
 template <typename K>
 __device__ __forceinline__ void store_output(const CUtensorMap* map_o, SharedStorage<K>& shared, int batch, int head,
                                              int first_query, int second_query, int turn) {
   const int tile = turn % kTiles;
-  mbarrier_wait(&shared.o_full[tile], (turn / kTiles) & 1);
+  wait_calmly<K>(&shared.o_full[tile], (turn / kTiles) & 1);
   if (threadIdx.x % 32 == 0) {
 #pragma unroll
     for (int g = 0; g < 2; ++g)
@@ -166,15 +198,67 @@ __device__ __forceinline__ void store(const CUtensorMap* map_o, SharedStorage<K>
 
 // The warp that finds work: one or two items ahead of the consumers. Each takes several reads in a row.
 template <typename K>
-__device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q,
-                                         SharedStorage<K>& shared) {
+__device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q, const CUtensorMap* map_k,
+                                         const CUtensorMap* map_v, SharedStorage<K>& shared) {
   int item = blockIdx.x;
   for (int turn = 0;; ++turn) {
     publish<K>(p, shared, item, turn);
     const Work work = shared.work[turn & 1];  // stays until this warp fills the slot again
     if (work.is_last) break;
+    if constexpr (!K::SKIP) prefetch_keys<K>(p, map_k, map_v, shared.work[turn & 1]);
     load_q<K>(map_q, shared, work, turn);
   }
+}
+
+// The warp that brings V where tiles may be left out. What both warpgroups leave out is not brought. Whether they do is
+// known late, so V comes ahead of the votes where a stage shortly before was kept.
+template <typename K>
+__device__ __forceinline__ void produce_values(const AttendFwdParams& p, const CUtensorMap* map_v,
+                                               SharedStorage<K>& shared) {
+  constexpr unsigned kWarps = kConsumers / 32;
+  const int lane = threadIdx.x % 32;
+  unsigned step = 0;
+  auto vote_of = [&](unsigned stage) { return load_note(&shared.votes[stage % 4][lane % kWarps]); };
+  auto is_kept = [&](unsigned stage) { return __any_sync(0xffffffff, vote_of(stage) == 2 * stage + 3); };
+  auto have_voted = [&](unsigned stage) { return __all_sync(0xffffffff, int(vote_of(stage) - (2 * stage + 2)) >= 0); };
+  for (int turn = 0;; ++turn) {
+    const Work work = take_work(shared, turn);
+    if (work.is_last) break;
+    const int32_t* list = p.indices + work.list;
+    auto read = [&](int entry) { return entry < work.visible ? list[entry] : 0; };
+    int held = 0, ahead = read(lane);
+    for (int i = 0; i < work.count; ++i, ++step) {
+      if (i % 32 == 0) held = ahead, ahead = read(i + 32 + lane);
+      const int block = __shfl_sync(0xffffffff, held, i % 32) >> 2, slot = step % K::kValueStages;
+      // Both are done with what was there, and so have voted on the stage after that one.
+      auto is_free = [&] { return int(load_note(&shared.done[lane % 2]) + K::kValueStages - 1 - step) >= 0; };
+      while (!__all_sync(0xffffffff, is_free())) __nanosleep(kValueNanoseconds);
+      if (step >= K::kValueStages) mbarrier_wait(&shared.v_full[slot], (step / K::kValueStages - 1) & 1);
+      bool is_needed = work.skip_below == -INFINITY || i == 0 || is_kept(step + 1 - K::kValueStages);
+      while (!is_needed) {
+        // In this order: a vote to keep comes before the last vote does.
+        const bool all_voted = have_voted(step);
+        is_needed = is_kept(step);
+        if (all_voted) break;
+        if (!is_needed) __nanosleep(kValueNanoseconds);
+      }
+      if (lane == 0) {
+        if (is_needed) {
+          mbarrier_expect_bytes(&shared.v_full[slot], BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
+#pragma unroll
+          for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
+            tma_load(shared.v[slot] + chunk * BLOCK_N * kChunk, map_v, &shared.v_full[slot], chunk * kChunk,
+                     block * K::KEY_BLOCK, work.head / p.gqa_group, work.batch, kEvictLast);
+        } else {
+          mbarrier_arrive(&shared.v_full[slot]);
+        }
+      }
+      __syncwarp();
+    }
+  }
+  // Nothing may be under way when the block ends.
+  for (unsigned stage = step < K::kValueStages ? 0 : step - K::kValueStages; stage < step; ++stage)
+    mbarrier_wait(&shared.v_full[stage % K::kValueStages], (stage / K::kValueStages) & 1);
 }
 
 template <typename K>
@@ -190,6 +274,7 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
   struct { int batch, head, first_query; } unstored = {}, latest = {};
 
   auto load_v = [&](int at) {
+    if constexpr (K::SKIP) return;  // another warp's work
     const int s = uniform(values.slot());
     mbarrier_wait(&shared.v_empty[s], values.phase() ^ 1);
     values.advance(1);

@@ -49,7 +49,22 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int phase) {
       : "memory");
 }
 
-// Whether the phases of both are over already; the same for a whole warp.
+// Whether the phase is over already; the same for a whole warp.
+__device__ __forceinline__ bool mbarrier_test(uint64_t* barrier, int phase) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.s32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(barrier)), "r"(phase)
+      : "memory");
+  return __all_sync(0xffffffff, done);
+}
+
+// Whether the phases of both are over already.
 __device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_t* b, int phase_b) {
   int done;
   asm volatile(
@@ -64,6 +79,19 @@ __device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_
       : "r"(smem_address(a)), "r"(phase_a), "r"(smem_address(b)), "r"(phase_b)
       : "memory");
   return __all_sync(0xffffffff, done);
+}
+
+// -- numbers in shared memory that another warp looks at ------------------------------------------------
+// Without release and acquire, which would cost a memory barrier each: what they tell of, wgmma's reads, is over when
+// its wait returns, before the number is written.
+
+__device__ __forceinline__ void store_note(unsigned* where, unsigned x) {
+  asm volatile("st.volatile.shared::cta.u32 [%0], %1;" ::"r"(smem_address(where)), "r"(x) : "memory");
+}
+__device__ __forceinline__ unsigned load_note(const unsigned* where) {
+  unsigned x;
+  asm volatile("ld.volatile.shared::cta.u32 %0, [%1];" : "=r"(x) : "r"(smem_address(where)) : "memory");
+  return x;
 }
 
 // -- named barriers ---------------------------------------------------------------------------------
@@ -88,6 +116,13 @@ __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* m
           smem_address(destination)),
       "l"(map), "r"(smem_address(barrier)), "r"(d), "r"(row), "r"(head), "r"(batch), "l"(policy)
       : "memory");
+}
+
+// Into the L2 cache only.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int d, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(d), "r"(row),
+               "r"(head), "r"(batch)
+               : "memory");
 }
 
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, int d, int row, int head,

@@ -92,9 +92,6 @@ __device__ __forceinline__ void mask_columns(float (&s)[BLOCK_N / 2], const Atte
   }
 }
 
-struct True { static constexpr bool value = true; };
-struct False { static constexpr bool value = false; };
-
 struct SoftmaxState {
   float maximum[2];  // that the exponentials of this thread's two rows are relative to; -inf: none yet
   float sum[2];      // of this thread's columns only

@@ -61,6 +61,7 @@ struct Work {
   int columns;         // leading stages that hold columns
   int visible, visible_columns;  // entries read
   int is_last;         // nothing to do: there are no more
+  float skip_below;    // with SKIP: how far below the maximum a score counts for nothing, unscaled; -inf: never
   int64_t list, column_list;  // of the first entry in p.indices and p.column_indices
 };
 
@@ -103,6 +104,7 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
     work.visible = p.bounds[row * 2 + 1];
     work.count = (work.visible + K::kEntries - 1) / K::kEntries;
   }
+  if constexpr (K::SKIP) work.skip_below = p.skip_below[batch_head] / p.scale;
   if constexpr (K::COLUMNS) {
     const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / BLOCK_M;
     work.columns = p.column_bounds[block_row * 2] / BLOCK_N;
@@ -126,6 +128,7 @@ __device__ __forceinline__ Work read_work(const Work& shared, int group) {
   work.count = uniform(shared.count), work.unmasked = uniform(shared.unmasked);
   work.masked_columns = uniform(shared.masked_columns);
   work.rounds = uniform(shared.rounds), work.masked_rounds = uniform(shared.masked_rounds);
+  work.skip_below = shared.skip_below;
   return work;
 }
 
@@ -140,7 +143,9 @@ struct alignas(1024) SharedStorage {
   uint64_t work_full[2], work_empty[2];
   Work work[2];  // the next item is found while the consumers are at the last
   float nothing;          // for hold_until
-  unsigned keeps[2][4];   // of each warpgroup: 1 + the last stage that a warp of it kept, of every fourth
+  // With SKIP, of the last four stages: what each consumer warp voted, 2 * (1 + stage) + (it keeps the tile).
+  alignas(16) unsigned votes[4][kConsumers / 32];
+  unsigned done[2];       // with SKIP: stages whose V each warpgroup will not read again
   int words[K::kKeyStages][K::kEntries];  // of the list, of each block in a K tile
   alignas(16) int columns[K::COLUMNS ? K::kKeyStages : 1][BLOCK_N];  // keys in a K tile of columns
 };
