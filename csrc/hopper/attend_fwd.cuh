@@ -35,11 +35,13 @@ __device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const u
   wgmma_commit();
 }
 
-// What is left of an item's softmax: its log-sum-exp is stored, and `inverse` is what its outputs are multiplied by.
+// Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
 template <typename K>
-__device__ __forceinline__ void finish_softmax(const AttendFwdParams& p, const Work& work, const SoftmaxState& state,
-                                               float (&inverse)[2]) {
+__device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Work& work,
+                                             float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state, int group,
+                                             int tile) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  float inverse[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(state.sum[r]);
@@ -52,13 +54,6 @@ __device__ __forceinline__ void finish_softmax(const AttendFwdParams& p, const W
       p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
     }
   }
-}
-
-// Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
-template <typename K>
-__device__ __forceinline__ void leave_output(SharedStorage<K>& shared, float (&o)[K::HEAD_DIM / 2],
-                                             const float (&inverse)[2], int group, int tile) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   if (__any_sync(0xffffffff, inverse[0] == 0.f || inverse[1] == 0.f)) {
     // Rows that attend nothing may hold anything, even NaN.
 #pragma unroll
@@ -102,8 +97,7 @@ enum : unsigned {
   kMasked = 1,
   kFirst = 2,    // of the next item
   kPending = 4,  // P V of an earlier stage is issued beside Q K
-  kVoting = 8,   // the tile may be left out
-  kLeaving = 16  // o still holds the item before, and is left while Q K is multiplied
+  kVoting = 8    // the tile may be left out
 };
 template <unsigned FLAGS>
 struct Visit {};
@@ -140,8 +134,6 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     ++turn;
     return next;
   };
-  float inverse[2];  // what o of the item before is multiplied by when it is left
-  auto leave = [&] { leave_output<K>(shared, o, inverse, group, turn % kTiles); };
   // This warpgroup is done with a stage; alone with it, it speaks for the other as well.
   auto release = [&](uint64_t* barrier, bool is_alone) {
     if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : 1);
@@ -150,7 +142,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   // Visit i of `item`. is_alone: the next stages are a round, of which this warpgroup has one.
   auto visit_one = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
     constexpr bool kIsMasked = FLAGS & kMasked, kIsFirst = FLAGS & kFirst, kHasPending = FLAGS & kPending;
-    constexpr bool kVotes = K::SKIP && FLAGS & kVoting, kLeaves = FLAGS & kLeaving;
+    constexpr bool kVotes = K::SKIP && FLAGS & kVoting;
     const unsigned step = position + (K::ROUNDS && is_alone ? group : 0);
     auto own = values;
     if (K::ROUNDS && is_alone) own.advance(group);
@@ -172,10 +164,6 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 
     if constexpr (K::TURNS) named_sync(kTurnBarrier + group, kConsumers);
     multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[slot]);
-    if constexpr (kLeaves) {
-      if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
-      if (turn > 1) leave();
-    }
     if constexpr (kHasPending) {
       if (kIsFirst || !is_ready) {
         mbarrier_wait(&shared.v_full[v_slot], before.phase());
@@ -183,7 +171,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       }
       multiply_pv<K>(o, probabilities, shared.v[v_slot], has_output);
     }
-    if constexpr (K::TURNS && !kLeaves) named_arrive(kTurnBarrier + 1 - group, kConsumers);
+    if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
 
     wgmma_wait<kHasPending ? 1 : 0>();
     pin(s);
@@ -222,8 +210,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     };
     auto finish_item = [&] {
       if constexpr (kIsFirst) {
-        if (turn > 1) finish_softmax<K>(p, work, state, inverse);
-        if (!K::COLUMNS && turn > 1) leave();
+        if (turn > 1) leave_output<K>(p, shared, work, o, state, group, turn % kTiles);
         has_output = 0;
       }
     };
@@ -274,12 +261,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     const int unmasked = work.unmasked + work.rounds;
     const int visits = K::ROUNDS ? unmasked + work.masked_rounds : work.count;
     int i = 1;
-    // What loops carry stays in uniform registers only if it is known to be uniform where they begin.
-    auto keep_uniform = [&] {
-      position = uniform(position), values.at = uniform(values.at), pending.at = uniform(pending.at);
-    };
     if constexpr (K::SKIP) {
-      keep_uniform();
+      // What loops carry stays in uniform registers only if it is known to be uniform where they begin.
+      position = uniform(position), values.at = uniform(values.at);
       if (uniform(work.skip_below == -INFINITY && is_pending)) {  // no tile may be left out
 #pragma unroll 2
         for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
@@ -295,13 +279,6 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
           while (++i < work.unmasked && !uniform(is_pending));
         }
       }
-    } else if constexpr (K::COLUMNS) {
-      if (work.unmasked > 1) visit_one(work, 1, false, Visit<kPending | kLeaving>());
-      else if (turn > 1) leave();
-      keep_uniform();
-#pragma unroll 2
-      for (i = 2; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
-      i = max(work.unmasked, 1);
     } else {
 #pragma unroll 2
       for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
@@ -326,8 +303,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     wgmma_wait<0>();
     pin(o);
   }
-  finish_softmax<K>(p, work, state, inverse);
-  leave();  // `turn` counts the end, too
+  leave_output<K>(p, shared, work, o, state, group, turn % kTiles);  // `turn` counts the end, too
 }
 
 template <typename K>
@@ -368,7 +344,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < 128) {
     give_registers<producer_registers(K::COLUMNS)>();
     if (threadIdx.x < K::kProducers) produce<K>(p, &map_q, &map_k, &map_v, &map_o, shared);
-    else if (threadIdx.x < 64) schedule<K>(p, &map_q, &map_k, &map_v, shared);
+    else if (threadIdx.x < 64) schedule<K>(p, &map_q, shared);
     else if (threadIdx.x < 96) store<K>(&map_o, shared);
     else if constexpr (K::SKIP) produce_values<K>(p, &map_v, shared);
   } else {

@@ -31,10 +31,6 @@ constexpr int kFinishAt = 8;
 // without 53.4 (S65536, nothing skipped), where the card's power is the limit. The other kernels gain nothing.
 constexpr unsigned kIdleNanoseconds = 1000, kValueNanoseconds = 100;
 
-// Keys are fetched into the L2 cache ahead of use where a head reads each as often as this. TFLOPS with and without, head
-// size 64: 64 times 539 and 534, 128 times 543 and 539; head size 128: 13 times 711 and 727, whose copies it only delays.
-constexpr int kPrefetchFrom = 40;
-
 // Numbers of the named barriers: 1 + g is warpgroup g's turn to issue products, the others its own.
 constexpr int kTurnBarrier = 1, kGatherBarrier = 3, kVoteBarrier = 5, kProducerBarrier = 7;
 

@@ -145,27 +145,6 @@ __device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K
   __syncwarp();
 }
 
-// Each item has its share of its head's keys and values brought to the L2 cache when it is found: those at the place of its
-// queries. So a head's are there when the first of its items begin, and a window's when its queries do. One warp.
-template <typename K>
-__device__ __forceinline__ void prefetch_keys(const AttendFwdParams& p, const CUtensorMap* map_k,
-                                              const CUtensorMap* map_v, const Work& work) {
-  constexpr int kCopies = 2 * K::HEAD_DIM / kChunk, kRanges = K::HALVES ? 2 : 1, kRows = BLOCK_M / kRanges;
-  // Not where few of the head's keys might be read at all.
-  if (work.head % p.gqa_group != 0 || int64_t(work.count) * p.num_tiles < int64_t(p.num_key_blocks) / K::kEntries * kPrefetchFrom)
-    return;
-#pragma unroll 1
-  for (int g = 0; g < kRanges; ++g) {
-    const int first = int64_t(work.first_query[g]) * p.S / p.L / K::KEY_BLOCK;
-    const int end = min(int64_t(work.first_query[g] + kRows) * p.S / p.L + K::KEY_BLOCK - 1, int64_t(p.S)) / K::KEY_BLOCK;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (end - first) * kCopies; i += 32)
-      tma_prefetch(i % 2 ? map_v : map_k, i % kCopies / 2 * kChunk, (first + i / kCopies) * K::KEY_BLOCK,
-                   work.head / p.gqa_group, work.batch);
-  }
-  __syncwarp();
-}
-
 // Writes the outputs of the turn-th item, and frees its tile. One warp.
 template <typename K>
 __device__ __forceinline__ void store_output(const CUtensorMap* map_o, SharedStorage<K>& shared, int batch, int head,
@@ -198,14 +177,13 @@ __device__ __forceinline__ void store(const CUtensorMap* map_o, SharedStorage<K>
 
 // The warp that finds work: one or two items ahead of the consumers. Each takes several reads in a row.
 template <typename K>
-__device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q, const CUtensorMap* map_k,
-                                         const CUtensorMap* map_v, SharedStorage<K>& shared) {
+__device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q,
+                                         SharedStorage<K>& shared) {
   int item = blockIdx.x;
   for (int turn = 0;; ++turn) {
     publish<K>(p, shared, item, turn);
     const Work work = shared.work[turn & 1];  // stays until this warp fills the slot again
     if (work.is_last) break;
-    if constexpr (!K::SKIP) prefetch_keys<K>(p, map_k, map_v, shared.work[turn & 1]);
     load_q<K>(map_q, shared, work, turn);
   }
 }

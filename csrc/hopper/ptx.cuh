@@ -118,13 +118,6 @@ __device__ __forceinline__ void tma_load(void* destination, const CUtensorMap* m
       : "memory");
 }
 
-// Into the L2 cache only.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int d, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(d), "r"(row),
-               "r"(head), "r"(batch)
-               : "memory");
-}
-
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* source, int d, int row, int head,
                                           int batch, uint64_t policy) {
   asm volatile(
