@@ -98,6 +98,20 @@ def test_skips_tile_for_tile(name, threshold):
 
 
 @needs_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kind", ["full", "random"])
+def test_heads_that_skip_much_little_and_nothing(kind, head_dim):
+    """More items than the card has blocks, so that each block goes from one rule to another."""
+    heads, length = 12, 3000
+    q, k, v = make_inputs(
+        heads=heads, kv_heads=4, L=length, S=length, head_dim=head_dim, dtype=BF16, device="cuda"
+    )
+    layout = random_layout(kind, length, length, block_m=64, block_n=128, heads=1, device="cuda")
+    limit = torch.tensor([0.0, 1e-3, 0.3, 1.0] * 3, device="cuda").log()[None]
+    check_engine(q * 3, k, v, Plan(layout, limit), engine="hopper", is_causal=True)
+
+
+@needs_hopper
 def test_lambda_zero_is_dense_bit_for_bit():
     q, k, v = make_inputs(heads=4, kv_heads=2, L=1111, S=1111, head_dim=128, dtype=BF16, device="cuda")
     layout = SparseLayout.full(1111, 1111, block_m=64, device="cuda")

@@ -1,6 +1,7 @@
 // The kernels of one instruction set. Compiled once for each (sparse_attn/build.py gives the flags and
 // defines SPARSE_ATTN_ISA); attend.cpp picks a set at run time.
 #include "backward.h"
+#include "select.h"
 
 #define SPARSE_ATTN_JOIN_(a, b) a##b
 #define SPARSE_ATTN_JOIN(a, b) SPARSE_ATTN_JOIN_(a, b)
@@ -43,11 +44,29 @@ void backward_key(const Shape& shape, const BackwardKeyTask& task) {
   BackwardKey(shape, task, task.scratch).run();
 }
 
+int64_t pool_scratch(const Shape& shape, int64_t num_queries) {
+  PoolTask task{};
+  task.num_queries = num_queries;
+  return Pool(shape, task, nullptr).scratch_floats;
+}
+
+void pool(const Shape& shape, const PoolTask& task) {
+  Pool(shape, task, task.scratch).run();
+}
+
+int64_t list_scratch(const ListTask& task) {
+  return Lister(task, nullptr).scratch_floats;
+}
+
+void list(const ListTask& task) {
+  Lister(task, task.scratch).run();
+}
+
 }  // namespace
 
 extern const Kernels SPARSE_ATTN_JOIN(kernels_, SPARSE_ATTN_ISA) = {
     SPARSE_ATTN_TEXT(SPARSE_ATTN_ISA), kPanel, pack, forward_scratch, forward, backward_scratch,
-    backward_query, backward_key,
+    backward_query, backward_key, pool_scratch, pool, list_scratch, list,
 };
 
 }  // namespace sparse_attn

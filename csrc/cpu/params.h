@@ -100,6 +100,51 @@ struct BackwardKeyTask {
   float* scratch;
 };
 
+// -- AnchorAttention's selection ---------------------------------------------------------------------------
+
+// What the logits of the anchor come to for one query block, and its mean query.
+struct PoolTask {
+  RawRows q;  // the whole head
+  Rows k;
+  int64_t first_query, num_queries;
+  int64_t init_end, local;  // the anchor: keys below init_end, and from local up to the diagonal
+  bool is_lse;              // else the maximum
+  float* anchor;            // one number: the mean over the queries, -inf if one sees no key
+  float* mean;              // [D], times the scale
+  float* scratch;           // pool_scratch floats
+};
+
+enum class Reference : int { kGiven, kMaxOfAnchor, kLseOfAnchor, kLseOfAll };
+
+constexpr float kThetaStep = 0.5f;  // `recall` chooses theta from 0, 0.5 .. 16, then infinity
+constexpr int kThetaSteps = 32;
+
+// Of one head, so far: mass of its speakers by the number of the least theta that keeps it.
+struct KeptMass {
+  double mass[kThetaSteps + 1];
+  double speakers;
+};
+
+// Which keys the speakers of some superblocks of one head want: a key j, begin <= j < stop, for which one of
+// them has reference - logit <= theta.
+struct ListTask {
+  Rows k;
+  int64_t S, num, R;  // superblocks: at most `lanes` where R is 1, else half as many; R speakers each
+  int D;
+  const float* speakers;  // [num][R][D], times the scale
+  const int64_t* seen;    // [num][R]: a speaker sees keys below this; 0: it is none
+  const int64_t* stop;    // [num], ascending, above begin
+  int64_t begin;          // keys below it, and from `stop` on, are the anchor
+  Reference reference;
+  const float* given;       // [num][R], for kGiven
+  const float* theta;       // [num]; null: from `recall` (0 for kGiven)
+  double recall;            // share of the speakers' mass that is to be kept
+  const uint8_t* measured;  // [num]: superblocks whose mass counts
+  KeptMass* kept;           // of the superblocks before; updated
+  uint32_t* wants;          // out: [S], bit s: superblock s wants the key. Set from begin to the last stop
+  float* scratch;           // list_scratch floats
+};
+
 // The entry points of one instruction set.
 struct Kernels {
   const char* name;
@@ -111,6 +156,10 @@ struct Kernels {
   int64_t (*backward_scratch)(const Shape&, int64_t lanes);
   void (*backward_query)(const Shape&, const BackwardQueryTask&);
   void (*backward_key)(const Shape&, const BackwardKeyTask&);
+  int64_t (*pool_scratch)(const Shape&, int64_t num_queries);
+  void (*pool)(const Shape&, const PoolTask&);
+  int64_t (*list_scratch)(const ListTask&);  // by S, R, D and reference
+  void (*list)(const ListTask&);
 };
 
 extern const Kernels kernels_baseline;

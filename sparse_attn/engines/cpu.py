@@ -40,7 +40,7 @@ class CpuEngine:
         """
         if self.why_off():
             return ""
-        return _run("instruction_set")
+        return run_operator("instruction_set")
 
     def schedule(self, call: AttendCall) -> Schedule:
         return Schedule()
@@ -50,7 +50,7 @@ class CpuEngine:
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
         kept = torch.zeros(call.kept_shape, dtype=torch.uint8) if call.want_kept else None
         limits = None if call.skip_below is None else call.skip_below.contiguous()
-        _run("attend_fwd", *_inputs(call), limits, *_shape(call), out, lse, kept)
+        run_operator("attend_fwd", *_inputs(call), limits, *_shape(call), out, lse, kept)
         return out, lse, kept
 
     def backward(
@@ -62,11 +62,11 @@ class CpuEngine:
         lists = call.layout.transposed()
         transposed = (lists.offsets, lists.indices, call.layout.transposed_bounds(call.is_causal))
         saved = (lse.contiguous(), delta.contiguous(), kept, grad_out)
-        _run("attend_bwd", *saved, *_inputs(call), *transposed, *_shape(call), *grads)
+        run_operator("attend_bwd", *saved, *_inputs(call), *transposed, *_shape(call), *grads)
         return grads[0], grads[1], grads[2]
 
 
-def _run(name: str, *args):
+def run_operator(name: str, *args):
     """Call an operator of the library. What it says about a bad call becomes a ValueError.
 
     Raises:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
+from sparse_attn.methods import anchor_cpu
 from sparse_attn.methods.anchor_lists import ListFiller, work_dtype
 from sparse_attn.methods.anchor_regions import AnchorRegions
 from sparse_attn.methods.anchor_sampled import Sampling, fill_sampled
@@ -71,10 +72,16 @@ def _anchor_columns(
 
         pool, fill = kernels.pool_anchor, kernels.fill_columns
     limit = theta if thetas is None else thetas
+    sampling = None if samples is None else Sampling(samples, reference, recall)
     # Autocast would turn the float32 products of the comparison into 16 bit.
     with torch.autocast(q.device.type, enabled=False):
-        if samples is not None:
-            sampling = Sampling(samples, reference, recall)
+        if q.device.type == "cpu" and not anchor_cpu.why_not_cpu(q, k, regions, sampling):
+            if sampling is None:
+                return anchor_cpu.mean_lists(
+                    q, k, limit, regions, scale, reference, share_kv_group, capacity
+                )
+            return anchor_cpu.sampled_lists(q, k, limit, regions, scale, sampling, share_kv_group, capacity)
+        if sampling is not None:
             lists = fill_sampled(q, k, limit, regions, scale, sampling, share_kv_group, capacity)
             return lists.offsets, lists.indices
         anchor, pooled = pool(q, k, regions, scale, reference)
