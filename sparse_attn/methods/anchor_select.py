@@ -77,9 +77,7 @@ def _anchor_columns(
     with torch.autocast(q.device.type, enabled=False):
         if q.device.type == "cpu" and not anchor_cpu.why_not_cpu(q, k, regions, sampling):
             if sampling is None:
-                return anchor_cpu.mean_lists(
-                    q, k, limit, regions, scale, reference, share_kv_group, capacity
-                )
+                return anchor_cpu.mean_lists(q, k, limit, regions, scale, reference, share_kv_group, capacity)
             return anchor_cpu.sampled_lists(q, k, limit, regions, scale, sampling, share_kv_group, capacity)
         if sampling is not None:
             lists = fill_sampled(q, k, limit, regions, scale, sampling, share_kv_group, capacity)
