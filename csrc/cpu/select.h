@@ -309,30 +309,51 @@ struct Lister {
     }
   }
 
-  // For the speaker that wants a key most the second best speaks, for all others the best.
+  // For the speaker that wants a key most the second best speaks, for all others the best. Only the measured
+  // lanes, and of them the keys that some finite theta keeps, come as far as an exponential.
   void add_offered(int64_t v, Int wanted, int64_t first, int64_t a, int64_t z, const float* chunk,
                    double (*mass)[kThetaSteps + 1]) {
-    const Int stops = load_int(stop + v * kLanes);
-    const Vec floor = splat(-kThetaStep * kThetaSteps);
+    alignas(64) float best[kChunk * kLanes], second[kChunk * kLanes];
+    for (int64_t i = v; i < vectors; i += width) {
+      const float* x = column(chunk, i);
+      Vec base = load(reference + i * kLanes);
+      for (int64_t j = a - first; j < z - first; ++j) {
+        Vec y = load(x + j * kPanel) - base, most = splat(-kInf), next = most;
+        if (i != v) most = load(best + j * kLanes), next = load(second + j * kLanes);
+        store(second + j * kLanes, max(select(y > most, most, y), next));
+        store(best + j * kLanes, max(y, most));
+      }
+    }
+    for (uint32_t lanes = lane_bits(wanted); lanes; lanes &= lanes - 1) {
+      int s = __builtin_ctz(lanes);
+      int64_t until = min64(z, stop[v * kLanes + s]);
+      add_lane(v, s, a - first, until - first, chunk, best + s, second + s, mass[s]);
+    }
+  }
+
+  void add_lane(int64_t v, int s, int64_t a, int64_t z, const float* chunk, const float* best,
+                const float* second, double* mass) {
+    int32_t keys[kChunk + 1];  // the keys of the chunk that count
+    alignas(64) float y[kChunk] = {}, top[kChunk] = {}, total[kChunk] = {};
+    int count = 0;
     for (int64_t j = a; j < z; ++j) {
-      Vec best = splat(-kInf), second = best, total = {};
-      for (int64_t i = v; i < vectors; i += width) {
-        Vec y = load(column(chunk, i) + (j - first) * kPanel) - load(reference + i * kLanes);
-        second = max(select(y > best, best, y), second);
-        best = max(y, best);
+      keys[count] = static_cast<int32_t>(j);
+      count += best[j * kLanes] >= -kThetaStep * kThetaSteps;
+    }
+    for (int64_t i = v; i < vectors; i += width) {
+      const float* x = column(chunk, i) + s;
+      float base = reference[i * kLanes + s];
+      for (int t = 0; t < count; ++t) y[t] = x[keys[t] * kPanel] - base;
+      for (int t = 0; t < count; t += kLanes) {
+        Vec weight = exp_nonpositive(load(y + t));
+        store(total + t, load(total + t) + weight);
+        store(top + t, max(weight, load(top + t)));
       }
-      uint32_t lanes = lane_bits((best >= floor) & wanted & (Int{} + static_cast<int32_t>(j) < stops));
-      if (!lanes) continue;
-      for (int64_t i = v; i < vectors; i += width) {
-        Vec y = load(column(chunk, i) + (j - first) * kPanel) - load(reference + i * kLanes);
-        total += exp_nonpositive(y);
-      }
-      Vec top = exp_nonpositive(best), rest = total - top;
-      for (; lanes; lanes &= lanes - 1) {
-        int s = __builtin_ctz(lanes);
-        mass[s][least_theta(best[s])] += rest[s];
-        if (second[s] >= floor[0]) mass[s][least_theta(second[s])] += top[s];
-      }
+    }
+    for (int t = 0; t < count; ++t) {
+      float next = second[keys[t] * kLanes];
+      mass[least_theta(best[keys[t] * kLanes])] += total[t] - top[t];
+      if (next >= -kThetaStep * kThetaSteps) mass[least_theta(next)] += top[t];
     }
   }
 
@@ -365,16 +386,21 @@ struct Lister {
 
   // wants[j]: the superblocks, by bit, of which a speaker wants key j, for a <= j < z.
   void mark(int64_t first, int64_t a, int64_t z, const float* chunk) {
-    for (int64_t j = a; j < z; ++j) {
-      uint32_t bits = 0;
-      for (int64_t v = 0; v < width; ++v) {
-        Vec best = splat(-kInf);
-        for (int64_t i = v; i < vectors; i += width) {
-          best = max(load(column(chunk, i) + (j - first) * kPanel) - load(reference + i * kLanes), best);
+    alignas(64) float best[kChunk * kLanes];
+    for (int64_t v = 0; v < width; ++v) {
+      Vec enough = load(least + v * kLanes);
+      for (int64_t i = v; i < vectors; i += width) {
+        const float* x = column(chunk, i);
+        Vec base = load(reference + i * kLanes);
+        for (int64_t j = a - first; j < z - first; ++j) {
+          Vec y = load(x + j * kPanel) - base;
+          store(best + j * kLanes, max(y, i == v ? splat(-kInf) : load(best + j * kLanes)));
         }
-        bits |= lane_bits(best >= load(least + v * kLanes)) << (v * kLanes);
       }
-      task.wants[j] = bits;
+      for (int64_t j = a; j < z; ++j) {
+        uint32_t bits = lane_bits(load(best + (j - first) * kLanes) >= enough) << (v * kLanes);
+        task.wants[j] = v == 0 ? bits : task.wants[j] | bits;
+      }
     }
   }
 };
