@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -60,6 +61,36 @@ def few(model: LanguageModel) -> dict:
 def run_search(work: Path, rule=Budget(perplexity=0.05), samples: int = 1, **options):  # noqa: B008
     model = tiny_language_model(samples)
     return model, search(model, rule, work=work, **(few(model) | options))
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_until_done(monkeypatch, limits, run, deaths: int):
+    """What `run` gives when it is at last left alone.
+
+    Args:
+        limits: of each run before, the file at which it is killed, counted from 1.
+        deaths: so many of them at least must have come that far.
+    """
+    steps, killed, real = 0, 0, os.replace
+
+    def dying(source, target):
+        nonlocal steps
+        steps += 1
+        if steps == limit:
+            raise Killed
+        real(source, target)
+
+    for limit in limits:
+        steps = 0
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(os, "replace", dying)
+            run()
+        killed += steps == limit
+    assert killed >= deaths
+    return run()
 
 
 # -- budgets ------------------------------------------------------------------------------------------
@@ -191,24 +222,12 @@ def test_a_killed_closed_loop_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     _, whole = run_search(tmp_path / "whole", rule, samples=2, closed_loop=True)
     whole.recipe.save(tmp_path / "whole.json")
     run_search(tmp_path / "w", rule, samples=2)
-    steps, deaths, real = 0, 0, os.replace
-
-    def dying(source, target):
-        nonlocal steps
-        steps += 1
-        if steps == limit:
-            raise Killed
-        real(source, target)
-
-    for limit in (4, 9, 6, 5, 10**9):  # noqa: B007
-        steps = 0
-        monkeypatch.setattr(os, "replace", dying)
-        try:
-            _, found = run_search(tmp_path / "w", rule, samples=2, resume=True, closed_loop=True)
-        except Killed:
-            deaths += 1
-    assert deaths >= 3
-    monkeypatch.setattr(os, "replace", real)
+    found = killed_until_done(
+        monkeypatch,
+        (4, 9, 6, 5),
+        lambda: run_search(tmp_path / "w", rule, samples=2, resume=True, closed_loop=True)[1],
+        deaths=3,
+    )
     found.recipe.save(tmp_path / "resumed.json")
     assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
@@ -221,33 +240,15 @@ def test_the_papers_rule_has_no_closed_loop(tmp_path):
 # -- interruptions ------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_search_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     _, whole = run_search(tmp_path / "whole", samples=2)
     whole.recipe.save(tmp_path / "whole.json")
-    steps = 0
-    real = os.replace
-
-    def dying(source, target):
-        nonlocal steps
-        steps += 1
-        if steps == limit:
-            raise Killed
-        real(source, target)
-
-    deaths = 0
-    for limit in (2, 5, 9, 1, 4, 10**9):  # noqa: B007
-        steps = 0
-        monkeypatch.setattr(os, "replace", dying)
-        try:
-            _, found = run_search(tmp_path / "w", samples=2, resume=True)
-        except Killed:
-            deaths += 1
-    assert deaths >= 4
-    monkeypatch.setattr(os, "replace", real)
+    found = killed_until_done(
+        monkeypatch,
+        (2, 5, 9, 1, 4),
+        lambda: run_search(tmp_path / "w", samples=2, resume=True)[1],
+        deaths=4,
+    )
     found.recipe.save(tmp_path / "resumed.json")
     assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     for a, b in zip(found.measured.harm.ravel(), whole.measured.harm.ravel(), strict=True):
