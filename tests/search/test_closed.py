@@ -10,9 +10,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("scipy", reason="scipy is not installed")
 pytest.importorskip("safetensors", reason="safetensors is not installed")
 
-from test_search_run import killed_until_done, run_search
+from test_search_run import killed_until_done, run_search, tiny_language_model
 
+from sparse_attn.search.candidates import Shape, default_candidates
+from sparse_attn.search.closed import ClosedLoop
 from sparse_attn.search.models import LanguageModel
+from sparse_attn.search.predict import Measured
 from sparse_attn.search.run import Budget, PaperRule, Search, recipe_attention, sdpa_layer
 
 
@@ -74,6 +77,27 @@ def test_a_killed_closed_loop_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     )
     found.recipe.save(tmp_path / "resumed.json")
     assert (tmp_path / "resumed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_closed_layer_gets_what_the_layers_before_it_left(tmp_path, monkeypatch):
+    """Of an error budget of 6 the four heads of layer 0 take 4. Behind them a head of layer 1 costs 1.5, not
+    the 1 that the dense model showed, so that one fits, and the 0.5 left over fit none of layer 2. Heads of
+    later layers save less time: none of an earlier one is dense for their sake."""
+    saved, behind = {0: 8.0, 1: 4.0, 2: 1.0}, {0: 1.0, 1: 1.5, 2: 1.0}
+
+    def numbers(errors: dict[int, float]) -> Measured:
+        error = np.repeat([[0.0, x] for x in errors.values()], 4, axis=0)
+        time = np.repeat([[10.0, 10 - saved[n]] for n in errors], 4, axis=0)
+        return Measured(list(errors), 4, time, *[error] * 6, call_us=np.zeros(2))
+
+    model = tiny_language_model()
+    options = default_candidates(Shape(model.length, 4, 2, 16), ["window"])[:2]
+    loop = ClosedLoop(model, tmp_path / "w", options, budget=6.0, known=numbers(dict.fromkeys(saved, 1.0)))
+    monkeypatch.setattr(loop, "measured", lambda layers: numbers({n: behind[n] for n in layers}))
+    for layer in saved:
+        loop._choose(layer)
+    assert loop.choice.reshape(3, 4).sum(1).tolist() == [4, 1, 0]
+    assert loop.known.problem("divergence").error_of(loop.choice) == 5.5
 
 
 def test_the_papers_rule_has_no_closed_loop(tmp_path):
