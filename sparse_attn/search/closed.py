@@ -23,9 +23,10 @@ from torch import Tensor
 
 from sparse_attn.recipe_plan import LayerPlan
 from sparse_attn.recipe_run import run_layer
+from sparse_attn.search.measuring import Enough
 from sparse_attn.search.predict import Measured, plans
 from sparse_attn.search.rules import Budget
-from sparse_attn.search.run import CLOSE, Search, _Enough
+from sparse_attn.search.run import CLOSE, Search
 from sparse_attn.search.solve import Problem, solve
 
 ROUNDS = 2  # closed passes for one budget of perplexity or agreement
@@ -62,7 +63,7 @@ class ClosedLoop(Search):
         self.progress.stage("closed loop", layers)
         while len(self.chosen) < layers:
             for sample in samples:
-                with contextlib.suppress(_Enough):
+                with contextlib.suppress(Enough):
                     self.model.run(sample, partial(self._measuring, sample, layers - 1))
         self.folder.clean()
         return self.known, self.choice
@@ -76,11 +77,11 @@ class ClosedLoop(Search):
             if not self.folder.has_measure(sample, layer):
                 self._measure_call(sample, q, k, v, layer=layer, is_causal=is_causal, scale=scale)
             if not all(self.folder.has_measure(s, layer) for s in range(self.model.num_samples)):
-                raise _Enough
+                raise Enough
             self._choose(layer)
             self.progress.advance()
         if layer >= last:
-            raise _Enough
+            raise Enough
         out = run_layer(self.chosen[layer], q, k, v, is_causal=is_causal, scale=scale)
         assert isinstance(out, Tensor)
         return out
