@@ -86,6 +86,8 @@ def run_layer(
     check_inputs(_OP, query, key, value, True, scale)
     context = replace(context or Context(), layer=plan.layer, head_offset=0)
     calls, place = _calls(plan, query, key, head_offset)
+    if plan.steps is not None and context.step == plan.steps[0] and context.cache is not None:
+        context.cache.drop(lambda key: _is_of_other_steps(key, plan))
     num_cached = sum(call.method == "sparsed" for call in calls)
     if len(calls) > 1 and query.device.type == "cpu":
         # The engine packs rows that lie far apart: once for the layer instead of once a call.
@@ -95,9 +97,10 @@ def run_layer(
     for n, call in enumerate(calls):
         k, v = _trim(call, _heads(key, call.kv_pick), _heads(value, call.kv_pick))
         own = context
-        if call.method == "sparsed" and num_cached > 1:
-            # The caller's cache keeps one pattern for each key: each call of the layer needs its own.
-            own = replace(context, layer=(plan.layer, n))  # type: ignore[arg-type]
+        if call.method == "sparsed" and (num_cached > 1 or plan.steps is not None):
+            # The caller's cache keeps one pattern for each key: each call of the layer needs its own, and so
+            # does each range of steps.
+            own = replace(context, layer=(plan.layer, plan.steps, n))  # type: ignore[arg-type]
         info = methods()[call.method]
         target = None
         if layer_out is not None and info.finish is None and isinstance(call.q_pick, slice):
@@ -113,6 +116,11 @@ def run_layer(
         lses.append(result.lse)
     out = _in_order(outs, place) if layer_out is None else layer_out
     return (out, _in_order(lses, place)) if return_lse else out
+
+
+def _is_of_other_steps(key: Any, plan: LayerPlan) -> bool:
+    """Whether a key of a cache is this layer's in another range of steps, whose pattern is of no more use."""
+    return isinstance(key, tuple) and key[0] == plan.layer and key[1] != plan.steps
 
 
 def _shared_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:

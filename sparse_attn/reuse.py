@@ -59,6 +59,10 @@ class LayoutCache:
             raise ValueError(f"LayoutCache.put: got {type(layout).__name__}; it must be a SparseLayout.")
         self._entries.setdefault(layer, _Entry()).layout = layout
 
+    def drop(self, picked: Callable[[Hashable], bool]) -> None:
+        """Forget the layers, as their caller numbers them, that `picked` says yes to."""
+        self._entries = {layer: entry for layer, entry in self._entries.items() if not picked(layer)}
+
     def reset(self) -> None:
         """Forget every layer: call it before a new generation that does not start at step 0."""
         self._entries.clear()

@@ -556,6 +556,30 @@ def test_sparsed_groups_keep_their_own_patterns_in_one_cache():
         check_heads(plan, (q, k, v), expected, is_causal=False, context=context)
 
 
+def test_each_range_of_steps_finds_its_own_pattern_and_frees_the_one_before():
+    """Other heads run SparseD in the second range than in the first; each begins dense. Twice over."""
+    L, heads = 64, {(0, 2): (0, 1, 2), (2, 5): (1, 3)}
+    plans = {}
+    for steps, own in heads.items():
+        config = SparseDConfig(select_ratio=0.4, block_size=16).beginning_at(steps[0], 5)
+        rest = tuple(h for h in range(4) if h not in own)
+        groups = (HeadGroup(own, "sparsed", config), HeadGroup(rest, "dense", DenseConfig()))
+        plans |= dict.fromkeys(range(*steps), LayerPlan(1, groups, "denoising", steps))
+    cache, held = LayoutCache(), []
+    for step in [*range(5)] * 2:
+        plan, masks = plans[step], [torch.ones(L, L, dtype=torch.bool)] * 4
+        (sparse,) = (group for group in plan.groups if group.method == "sparsed")
+        q, k, _ = make_inputs(heads=4, kv_heads=2, L=L, head_dim=32, seed=plan.steps[0])
+        for h in sparse.heads if step > plan.steps[0] else ():
+            one = (q[:, h : h + 1], k[:, h // 2 : h // 2 + 1])
+            masks[h] = sparsed_layout(*one, sparse.config, prompt_len=20).to_dense()[0, 0]
+        inputs = make_inputs(heads=4, kv_heads=2, L=L, head_dim=32, seed=step)
+        context = Context(step=step, num_steps=5, prompt_len=20, cache=cache)
+        check_heads(plan, inputs, masks, is_causal=False, context=context)
+        held.append(len(cache))
+    assert held == [2, 2, 1, 1, 1] * 2  # one a call: key head 0 has two of its heads in it, key head 1 one
+
+
 @pytest.mark.parametrize("per_query_head", [False, True], ids=["kv", "query"])
 def test_s2_heads_keep_their_shards_when_the_layer_is_cut(per_query_head):
     """Whatever the groups and ranks, with dense heads and shifts of their own."""

@@ -55,6 +55,13 @@ def test_schedule_of_the_published_settings() -> None:
     assert SparseDConfig().switch_step(128) + 1 == 26
 
 
+@pytest.mark.parametrize("num_steps", [1, 3, 7, 50, 128, 1000])
+def test_a_pattern_can_be_found_at_any_step(num_steps) -> None:
+    for step in range(num_steps):
+        assert SparseDConfig().beginning_at(step, num_steps).switch_step(num_steps) == step
+        assert SparseDConfig(mode="repo").beginning_at(step, num_steps).switch_step(num_steps) == max(step, 1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_generation_is_dense_then_reuses_one_pattern(mode) -> None:
     q, k, v = small()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from numbers import Integral
 
@@ -76,6 +76,13 @@ class SparseDConfig:
         if self.mode == "repo":
             return int(num_steps * self.skip_ratio) + 1
         return ceil(num_steps * self.skip_ratio - _ROUND) - 1 if num_steps * self.skip_ratio > 1 else 0
+
+    def beginning_at(self, step: int, num_steps: int) -> SparseDConfig:
+        """The same, with the `skip_ratio` that makes `step`, below `num_steps`, the switch step: for a range
+        of steps that begins there. (Mode "repo" cannot find its pattern at step 0, and does at 1.)"""
+        if self.mode == "repo":
+            return replace(self, skip_ratio=max(step - 0.5, 0.5) / num_steps)
+        return replace(self, skip_ratio=(step + 1) / num_steps)
 
 
 @torch.no_grad()
