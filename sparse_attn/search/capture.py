@@ -45,20 +45,34 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float) -> T
 class _Intercept(TorchFunctionMode):
     """Hands self-attention calls of a pass to `attention`, numbered in the order in which they come."""
 
-    def __init__(self, attention: AttentionFunction, num_layers: int | None) -> None:
+    def __init__(
+        self, attention: AttentionFunction, num_layers: int | None, num_steps: int | None, branches: int
+    ) -> None:
         super().__init__()
         self.attention, self.num_layers, self.count = attention, num_layers, 0
+        self.num_steps, self.branches = num_steps, branches
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention or not _is_plain(*args, **kwargs):
             return func(*args, **kwargs)
         q, k, v, _, _, is_causal, scale = _arguments(*args, **kwargs)
-        layer = self.count if self.num_layers is None else self.count % self.num_layers
+        number, layer = (0, self.count) if self.num_layers is None else divmod(self.count, self.num_layers)
+        where = {} if self.num_steps is None else self._where(number)
         self.count += 1
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         # A mode is off inside its own handler: the function may call scaled_dot_product_attention itself.
-        return self.attention(q, k, v, layer=layer, is_causal=is_causal, scale=scale)
+        return self.attention(q, k, v, layer=layer, is_causal=is_causal, scale=scale, **where)
+
+    def _where(self, number: int) -> dict[str, int]:
+        step, branch = divmod(number, self.branches)
+        if step >= (self.num_steps or 0):
+            raise ValueError(
+                f"intercept_sdpa: pass {number + 1} of {self.num_layers} layers comes after the last of "
+                f"{self.num_steps} steps of {self.branches} passes; give as many steps, branches and layers "
+                "as there are."
+            )
+        return {"step": step, "branch": branch}
 
 
 def _arguments(
@@ -75,7 +89,13 @@ def _is_plain(*args: Any, **kwargs: Any) -> bool:
 
 
 @contextmanager
-def intercept_sdpa(attention: AttentionFunction, num_layers: int | None = None) -> Iterator[Any]:
+def intercept_sdpa(
+    attention: AttentionFunction,
+    num_layers: int | None = None,
+    *,
+    num_steps: int | None = None,
+    branches: int = 1,
+) -> Iterator[Any]:
     """Run `attention` in place of `scaled_dot_product_attention` for the length of a `with` block.
 
     It takes effect however the model got hold of the function. Cross-attention (another key length), masked
@@ -84,6 +104,8 @@ def intercept_sdpa(attention: AttentionFunction, num_layers: int | None = None) 
     Args:
         attention: (query [B, Hq, L, D], key, value, *, layer, is_causal, scale) -> out [B, Hq, L, Dv].
         num_layers: calls in a pass: layer numbers start again after so many. None: they never do.
+        num_steps: denoising steps of `branches` passes each, which the `with` block runs; `attention` then is
+            also told `step` and `branch`, from 0. It takes `num_layers`. Default: passes are not counted.
 
     Yields:
         An object whose `count` is the number of calls so far.
@@ -92,7 +114,9 @@ def intercept_sdpa(attention: AttentionFunction, num_layers: int | None = None) 
         >>> with intercept_sdpa(lambda q, k, v, *, layer, is_causal, scale: print(layer) or v):
         ...     transformer(x)
     """
-    mode = _Intercept(attention, num_layers)
+    if num_steps is not None and num_layers is None:
+        raise ValueError("intercept_sdpa: steps are counted by their layers; pass num_layers with num_steps.")
+    mode = _Intercept(attention, num_layers, num_steps, branches)
     with mode:
         yield mode
 

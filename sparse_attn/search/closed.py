@@ -23,7 +23,9 @@ from torch import Tensor
 
 from sparse_attn.recipe_plan import LayerPlan
 from sparse_attn.recipe_run import run_layer
+from sparse_attn.search.measure import Call
 from sparse_attn.search.measuring import Enough
+from sparse_attn.search.phases import Moment
 from sparse_attn.search.predict import Measured, plans
 from sparse_attn.search.rules import Budget
 from sparse_attn.search.run import CLOSE, Search
@@ -59,7 +61,7 @@ class ClosedLoop(Search):
         layers, samples = self.model.fingerprint.num_layers, range(self.model.num_samples)
         for sample in samples:
             if missing := self._missing(sample):
-                self._gradients(sample, missing)
+                self._gradients(sample, [layer for _, layer in missing])
         self.progress.stage("closed loop", layers)
         while len(self.chosen) < layers:
             for sample in samples:
@@ -68,15 +70,17 @@ class ClosedLoop(Search):
         self.folder.clean()
         return self.known, self.choice
 
-    def _measuring(
+    def _measuring(  # type: ignore[override]
         self, sample: int, last: int, q: Tensor, k: Tensor, v: Tensor, *, layer: int, is_causal: bool,
         scale: float,
     ) -> Tensor:  # fmt: skip
         """The attention function of a closed pass: every layer runs what was chosen for it."""
         if layer not in self.chosen:
-            if not self.folder.has_measure(sample, layer):
-                self._measure_call(sample, q, k, v, layer=layer, is_causal=is_causal, scale=scale)
-            if not all(self.folder.has_measure(s, layer) for s in range(self.model.num_samples)):
+            if not self.folder.has_measure(Moment(sample), layer):
+                gradient = self._gradient(sample, layer, q.device)
+                call = Call(layer, q, k, v, is_causal, scale, gradient, self.prompt_len)
+                self._measure_call(Moment(sample), call)
+            if not all(self.folder.has_measure(Moment(s), layer) for s in range(self.model.num_samples)):
                 raise Enough
             self._choose(layer)
             self.progress.advance()
@@ -97,7 +101,8 @@ class ClosedLoop(Search):
         problem = self.known.problem(self.weight)
         first = rows.start
         spent = problem.error[np.arange(first), self.choice[:first]].sum()
-        rest = Problem(problem.time[first:], problem.error[first:], problem.layer[first:], problem.call_us)
+        parts = (problem.time, problem.error, problem.layer, problem.calls)
+        rest = Problem(*(x[first:] for x in parts))
         self.choice[first:] = solve(rest, max(self.budget - spent, 0.0))
         made = plans(self.known, self.options, self.choice, phase=self.model.phase)
         self.chosen[layer] = made[layer]
@@ -115,7 +120,7 @@ def closed_pass(
         What the layers were measured to do behind the chosen ones, and the choice.
     """
     problem = measured.problem(weight)
-    content = [np.float64(budget), problem.time, problem.error, problem.call_us]
+    content = [np.float64(budget), problem.time, problem.error, problem.calls[0]]
     key = hashlib.sha256(b"".join(x.tobytes() for x in content)).hexdigest()[:12]
     loop = ClosedLoop(
         search.model, search.folder.path / "closed" / key, search.options, search.table, search.num_queries,

@@ -48,16 +48,25 @@ class Call:
     prompt_len: int | None = None
 
 
-def run_candidate(call: Call, candidate: Candidate) -> tuple[Plan, Attended]:
-    """Select, attend and finish, as `methods.base.run` does, keeping the plan."""
-    info = candidate.info
+def select(call: Call, candidate: Candidate) -> Plan:
+    """The pattern of these very queries and keys, whatever the step."""
     context = Context(layer=call.layer, prompt_len=call.prompt_len)
     with warnings.catch_warnings():
         # S2 warns where one layer's heads do not cover the context; a recipe mixes methods anyway.
         warnings.simplefilter("ignore")
-        plan = info.select(
+        return candidate.info.select(
             call.q, call.k, candidate.config, is_causal=call.is_causal, scale=call.scale, context=context
         )
+
+
+def run_candidate(call: Call, candidate: Candidate, plan: Plan | None = None) -> tuple[Plan, Attended]:
+    """Select, attend and finish, as `methods.base.run` does, keeping the plan.
+
+    Args:
+        plan: found earlier; default: `select` it.
+    """
+    info = candidate.info
+    plan = select(call, candidate) if plan is None else plan
     result = attend(
         call.q, call.k, call.v, plan, is_causal=call.is_causal, scale=call.scale, enable_gqa=True,
         want_kept=plan.skip_below is not None, op=f"search: {candidate.label}",
@@ -149,6 +158,8 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def add_scores(parts: list[Scores]) -> Scores:
     """Several samples as one: sums are added, the mean recall averaged, the worst recall the worst."""
+    if len(parts) == 1:
+        return parts[0]
     total: dict[str, Any] = {}
     for name in parts[0]:
         rows = torch.tensor([part[name] for part in parts], dtype=torch.float64)

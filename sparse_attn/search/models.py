@@ -30,14 +30,18 @@ class Model(Protocol):
     calibration_hash: str
     num_samples: int
     phase: str
+    num_steps: int | None  # denoising steps of a pass over a sample; None: it is not run by steps
+    branches: int  # forward passes in a step
     length: int
     device: torch.device  # where its attention runs
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
-        """One pass over a calibration sample with `attention` in every layer, in their order."""
+        """One pass over a calibration sample with `attention` in every layer, in their order; where there are
+        steps, through all of them, and `attention` is also given `step` and `branch`, from 0."""
 
     def gradients(self, sample: int, keep: KeepGradient, seed: int) -> bool:
-        """Give `keep` the gradient of the log-likelihood by each layer's attention output.
+        """Give `keep` the gradient of the log-likelihood by each layer's attention output. Not asked of a
+        model that has steps.
 
         Returns:
             Whether the model has such a thing.
@@ -63,6 +67,8 @@ class LanguageModel:
     """
 
     phase = "prefill"
+    num_steps: int | None = None
+    branches = 1
 
     def __init__(self, model: Any, ids: Tensor, *, check: Tensor | None = None, chunk: int = 512) -> None:
         if ids.dim() != 2 or ids.shape[1] < 2:
@@ -189,13 +195,19 @@ class CallableModel:
     """Any function whose attention goes through `scaled_dot_product_attention`.
 
     Args:
-        function: called with one sample; what it returns is ignored.
+        function: called with one sample; what it returns is ignored. With `num_steps`: a denoising loop.
         samples: calibration inputs.
         fingerprint: of the model; its number of layers says how many self-attention calls a pass makes.
         length: tokens of a sequence.
         calibration_hash: of the inputs; see `hash_tensors`.
-        phase: "prefill" or "denoising".
+        phase: "prefill" or "denoising"; default: the second with `num_steps`, else the first.
         device: where its attention runs; default: that of the first tensor in `samples`, else the CPU.
+        num_steps: denoising steps that the function runs; default: it makes one forward pass.
+        branches: forward passes in a step: 2 for guidance that runs the model twice.
+
+    Raises:
+        ValueError: num_steps or branches below 1, or steps of another phase than "denoising". In a search:
+            the function makes other passes than these.
     """
 
     def __init__(
@@ -206,9 +218,18 @@ class CallableModel:
         *,
         length: int,
         calibration_hash: str,
-        phase: str = "prefill",
+        phase: str | None = None,
         device: torch.device | str | None = None,
+        num_steps: int | None = None,
+        branches: int = 1,
     ) -> None:
+        phase = phase or ("prefill" if num_steps is None else "denoising")
+        if branches < 1 or (num_steps is not None and (num_steps < 1 or phase != "denoising")):
+            raise ValueError(
+                f"search: num_steps is {num_steps}, branches {branches} and phase {phase!r}; steps and "
+                "branches are 1 or more, and only denoising has steps."
+            )
+        self.num_steps, self.branches = num_steps, branches
         self.function, self.samples = function, list(samples)
         self.fingerprint, self.calibration_hash = fingerprint, calibration_hash
         self.num_samples, self.phase, self.length = len(self.samples), phase, length
@@ -216,8 +237,17 @@ class CallableModel:
         self.device = next(found, torch.device("cpu")) if device is None else torch.device(device)
 
     def run(self, sample: int, attention: AttentionFunction) -> None:
-        with torch.no_grad(), intercept_sdpa(attention, self.fingerprint.num_layers):
+        how: dict[str, Any] = {"num_steps": self.num_steps, "branches": self.branches}
+        layers = self.fingerprint.num_layers
+        with torch.no_grad(), intercept_sdpa(attention, layers, **how) as calls:
             self.function(self.samples[sample])
+        if self.num_steps is not None and calls.count != self.num_steps * self.branches * layers:
+            raise ValueError(
+                f"search: the function made {calls.count} self-attention calls that a search can see; "
+                f"{self.num_steps} steps of {self.branches} passes through {layers} layers make "
+                f"{self.num_steps * self.branches * layers}. Give the num_steps, branches and num_layers (of "
+                "the fingerprint) that it has."
+            )
 
     def gradients(self, sample: int, keep: KeepGradient, seed: int) -> bool:
         return False

@@ -67,6 +67,14 @@ class Search(Measuring):
     closed_loop: bool = False
     curve: bool = True
 
+    def __post_init__(self) -> None:
+        if self.closed_loop and self.model.num_steps is not None:
+            raise ValueError(
+                "search: the closed loop chooses the layers of one pass in their order; leave it out for a "
+                "model that denoises by steps."
+            )
+        super().__post_init__()
+
     def choose(self, rule: Budget | PaperRule, *, try_recipes: bool = True) -> Found:
         """The recipe for what has been measured.
 
@@ -83,11 +91,12 @@ class Search(Measuring):
             choice = paper_greedy(measured.mse, measured.density, penalty=rule.penalty, epsilon=rule.epsilon)
             trials: list[dict[str, float]] = []
         else:
-            weight = "head" if rule.relative_error is not None else "divergence"
+            by_head = rule.relative_error is not None or self._tries_steps(rule)
+            weight = "head" if by_head else "divergence"
             if weight == "divergence" and not has_harm:
                 raise ValueError("search: this model gives no gradients; use a budget of relative_error.")
             choice, trials = self._within(rule, measured, weight, try_recipes)
-        whole = len(measured.layers) == self.model.fingerprint.num_layers
+        whole = len(measured.layers) == self._num_plans
         closed: list[dict[str, Any]] = []
         if self.closed_loop and whole and try_recipes and isinstance(rule, Budget):
             from sparse_attn.search.closed import close  # late: it extends this class
@@ -102,7 +111,32 @@ class Search(Measuring):
 
     def _recipe(self, measured: Measured, choice: np.ndarray, *, partial: bool) -> Recipe:
         layers = plans(measured, self.options, choice, phase=self.model.phase)
-        return Recipe(self.model.fingerprint, tuple(layers), self.model.calibration_hash, partial=partial)
+        return Recipe(
+            self.model.fingerprint, tuple(layers), self.model.calibration_hash, self.model.num_steps, partial
+        )
+
+    def _tries_steps(self, rule: Budget) -> bool:
+        """Whether a budget of agreement has no gradients: errors are relative, recipes tried on the model."""
+        return self.model.num_steps is not None and rule.agreement is not None
+
+    def check_rule(self, rule: Budget | PaperRule) -> None:
+        """Raises:
+        ValueError: a rule that this search cannot keep, whatever it measures.
+        """
+        if self.closed_loop and isinstance(rule, PaperRule):
+            raise ValueError(
+                "search: the closed loop shares a budget out among the layers; the paper's rule has none."
+            )
+        by_gradient = isinstance(rule, Budget) and (rule.perplexity or rule.divergence)
+        if by_gradient and self.model.num_steps is not None:
+            raise ValueError(
+                "search: a model that denoises by steps gives no gradients; use a budget of relative_error, "
+                "or, for a language model, of agreement."
+            )
+
+    @property
+    def _num_plans(self) -> int:
+        return self.model.fingerprint.num_layers * len(self.schedule.ranges)
 
     def _within(
         self, rule: Budget, measured: Measured, weight: str, try_recipes: bool
@@ -112,7 +146,7 @@ class Search(Measuring):
             budget = rule.divergence if rule.relative_error is None else rule.relative_error**2
             assert budget is not None
             return solve(problem, budget), []
-        share = len(measured.layers) / self.model.fingerprint.num_layers
+        share = len(measured.layers) / self._num_plans
         if rule.agreement is None:
             assert rule.perplexity is not None
             kind, target = "loss", math.log1p(rule.perplexity)
@@ -146,9 +180,10 @@ class Search(Measuring):
             cost = self._tried(kind, self._recipe(measured, choice, partial=False)) - base
             name = "rise" if kind == "loss" else "changed"
             trials.append({"budget": budget, name: cost, "time_us": problem.time_of(choice)})
+            tokens, unit = ("next", " nats") if self.model.num_steps is None else ("masked", "")
             said = f"perplexity {100 * math.expm1(cost):+.2f} %"
-            said = said if kind == "loss" else f"{100 * cost:.2f} % of the next tokens change"
-            self.progress.note(f"error budget {budget:.5f} nats: {said}")
+            said = said if kind == "loss" else f"{100 * cost:.2f} % of the {tokens} tokens change"
+            self.progress.note(f"error budget {budget:.5f}{unit}: {said}")
             self.progress.advance()
             if cost <= target:
                 if budget > low:
@@ -170,7 +205,9 @@ class Search(Measuring):
         key = key if kind == "loss" else f"changed {key}"
         known = self.folder.read_losses()
         if key not in known:
-            attention = sdpa_layer if recipe is None else recipe_attention(recipe, self.model.phase)
+            attention = sdpa_layer
+            if recipe is not None:
+                attention = recipe_attention(recipe, self.model.phase, prompt_len=self.prompt_len)
             found = self.model.loss(attention) if kind == "loss" else self.model.changed(attention)
             if found is None:
                 raise ValueError("search: this model predicts no tokens; use a budget of relative_error.")
@@ -194,14 +231,15 @@ class Search(Measuring):
         dense_choice = np.zeros_like(choice)
         layers = plans(measured, self.options, choice, phase=self.model.phase)
         item = 4 if self.dtype() == "float32" else 2
-        copies = sum(
-            copies_us(
+        copies = 0.0
+        for n, p in enumerate(layers):
+            own = slice(n * measured.heads, (n + 1) * measured.heads)
+            moved = copies_us(
                 p, self.table, num_kv_heads=f.num_kv_heads, length=self.model.length, head_dim=f.head_dim,
                 item=item,
-            )
-            + extra_us(p, measured, choice, f.num_kv_heads)
-            for p in layers
-        )  # fmt: skip
+            )  # fmt: skip
+            moved += extra_us(p, measured.calls[own], choice[own], f.num_kv_heads)
+            copies += float(moved * measured.passes[own.start])
         spent = problem.error_of(choice)
         summary: dict[str, Any] = {
             "rule": {"name": type(rule).__name__, **asdict(rule)},
@@ -212,14 +250,16 @@ class Search(Measuring):
             "candidates": [{"label": c.label, **c.plain} for c in self.options],
             "choice": choice.tolist(),
             "layers": measured.layers,
+            "phases": measured.phases,
+            "schedule": None if self.model.num_steps is None else asdict(self.schedule),
             "heads": measured.heads,
             "error": spent,
-            "density": float(measured.density[rows, choice].mean()),
+            "density": measured.mean(measured.density[rows, choice]),
             "time_us": problem.time_of(choice) + copies,
             "copies_us": copies,
             "dense_time_us": problem.time_of(dense_choice),
-            "relative_error": float(np.sqrt((measured.relative[rows, choice] ** 2).mean())),
-            "recall": float(measured.recall[rows, choice].mean()),
+            "relative_error": float(np.sqrt(measured.mean(measured.relative[rows, choice] ** 2))),
+            "recall": measured.mean(measured.recall[rows, choice]),
             "recall_worst": float(measured.recall_worst[rows, choice].min()),
             "trials": trials,
             "losses": self.folder.read_losses(),
@@ -244,14 +284,11 @@ def search(
             was measured.
     """
     run = Search(model, work, **options)
-    if run.closed_loop and isinstance(rule, PaperRule):
-        raise ValueError(
-            "search: the closed loop shares a budget out among the layers; the paper's rule has none."
-        )
+    run.check_rule(rule)
     try:
         if jobs is not None and jobs.count > 1:
             shared = {k: v for k, v in options.items() if k not in ("resume", "progress", "closed_loop")}
-            total = model.fingerprint.num_layers * model.num_samples
+            total = model.fingerprint.num_layers * model.num_samples * len(run.schedule.moments(0))
             jobs.measure(Path(work), shared, total, run.progress)
         run.measure()
         found = run.choose(rule)

@@ -24,7 +24,8 @@ class Problem:
         time: float64 [heads, candidates], microseconds.
         error: float64 [heads, candidates], at least 0; those of a choice are added up.
         layer: int [heads].
-        call_us: float64 [candidates], microseconds of one more call.
+        call_us: float64 [candidates], or [heads, candidates] where layers differ: microseconds of one more
+            call.
     """
 
     time: np.ndarray
@@ -32,10 +33,15 @@ class Problem:
     layer: np.ndarray
     call_us: np.ndarray
 
+    @property
+    def calls(self) -> np.ndarray:
+        """`call_us` as [heads, candidates]."""
+        return np.broadcast_to(self.call_us, self.time.shape)
+
     def time_of(self, choice: np.ndarray) -> float:
         """Microseconds of a choice, calls included."""
-        calls = np.unique(np.stack([self.layer, choice]), axis=1)[1]
-        return float(self.time[np.arange(len(choice)), choice].sum() + self.call_us[calls].sum())
+        pairs, first = np.unique(np.stack([self.layer, choice]), axis=1, return_index=True)
+        return float(self.time[np.arange(len(choice)), choice].sum() + self.calls[first, pairs[1]].sum())
 
     def error_of(self, choice: np.ndarray) -> float:
         return float(self.error[np.arange(len(choice)), choice].sum())
@@ -60,11 +66,13 @@ def solve(problem: Problem, budget: float) -> np.ndarray:
         raise ValueError(f"search: no choice has an error of at most {budget:g}; the least is {least:g}.")
     heads, candidates = np.nonzero(_useful(problem, budget))
     layers = problem.layer[heads]
-    pairs, pair_of = np.unique(np.stack([layers, candidates]), axis=1, return_inverse=True)
+    pairs, first, pair_of = np.unique(
+        np.stack([layers, candidates]), axis=1, return_index=True, return_inverse=True
+    )
     n, g = len(heads), pairs.shape[1]
     pair_of = pair_of.reshape(-1)
     unit = max(problem.time.max(), 1e-12)
-    cost = np.concatenate([problem.time[heads, candidates], problem.call_us[pairs[1]]]) / unit
+    cost = np.concatenate([problem.time[heads, candidates], problem.calls[heads[first], pairs[1]]]) / unit
     rows = np.arange(n)
     one_each = csr_array((np.ones(n), (heads, rows)), shape=(problem.time.shape[0], n + g))
     scale = max(budget, 1e-300)
@@ -97,7 +105,7 @@ def _useful(problem: Problem, budget: float) -> np.ndarray:
     """bool [heads, candidates]: false where another candidate is at least as good in both, even if it has
     to open a call of its own; or where the error alone exceeds the budget."""
     time, error = problem.time, problem.error
-    better_time = (time + problem.call_us)[:, :, None] <= time[:, None, :]  # [heads, by, which]
+    better_time = (time + problem.calls)[:, :, None] <= time[:, None, :]  # [heads, by, which]
     better_error = error[:, :, None] <= error[:, None, :]
     same = (time[:, :, None] == time[:, None, :]) & (error[:, :, None] == error[:, None, :])
     first = np.arange(time.shape[1])[:, None] < np.arange(time.shape[1])[None]

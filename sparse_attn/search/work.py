@@ -5,7 +5,9 @@ never measured again, what is not is measured anew, and nothing can count twice.
 
     manifest.json               what the measurements depend on; a search with other settings is refused
     measures/sample0-layer00.json       scores of every candidate
+    measures/sample0-step003-layer00.json       the same at a denoising step
     maps/layer00.npz            small pictures of attention and patterns, for the report
+    maps/phase1-layer00.npz     the same of a denoising phase
     gradients/...               of samples that are being measured; deleted as layers are done
     losses.json                 of recipes that were tried on the model
     summary.json                what the report shows beside the recipe
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from sparse_attn.recipe_files import write_whole
 from sparse_attn.search.measure import Scores
+from sparse_attn.search.phases import Moment
 
 
 class WorkFolder:
@@ -58,26 +62,23 @@ class WorkFolder:
 
     # -- measurements -----------------------------------------------------------------------------
 
-    def _measure(self, sample: int, layer: int) -> Path:
-        return self.path / "measures" / f"sample{sample}-layer{layer:02d}.json"
+    def _measure(self, moment: Moment, layer: int) -> Path:
+        return self.path / "measures" / f"{moment.name}-layer{layer:02d}.json"
 
-    def has_measure(self, sample: int, layer: int) -> bool:
-        return self._measure(sample, layer).is_file()
+    def has_measure(self, moment: Moment, layer: int) -> bool:
+        return self._measure(moment, layer).is_file()
 
-    def write_measure(self, sample: int, layer: int, measure: dict[str, Any]) -> None:
+    def write_measure(self, moment: Moment, layer: int, measure: dict[str, Any]) -> None:
         """`measure`: {"head_dim", "dtype", "length", "scores": [one a candidate]}"""
-        write_whole(self._measure(sample, layer), json.dumps(measure).encode())
+        write_whole(self._measure(moment, layer), json.dumps(measure).encode())
 
-    def read_measure(self, sample: int, layer: int) -> dict[str, Any]:
-        return json.loads(self._measure(sample, layer).read_bytes())
+    def read_measure(self, moment: Moment, layer: int) -> dict[str, Any]:
+        return json.loads(self._measure(moment, layer).read_bytes())
 
-    def layers(self, num_samples: int, num_layers: int) -> dict[int, list[int]]:
-        """layer -> samples that have measured it; without layers that none has."""
-        found = {
-            layer: [s for s in range(num_samples) if self.has_measure(s, layer)]
-            for layer in range(num_layers)
-        }
-        return {layer: samples for layer, samples in found.items() if samples}
+    def layers(self, moments: Sequence[Moment], num_layers: int) -> dict[int, list[Moment]]:
+        """layer -> those of the moments at which it was measured; without layers that have none."""
+        found = {n: [x for x in moments if self.has_measure(x, n)] for n in range(num_layers)}
+        return {layer: moments for layer, moments in found.items() if moments}
 
     # -- gradients --------------------------------------------------------------------------------
 
@@ -110,8 +111,9 @@ class WorkFolder:
         losses = self.read_losses() | {key: loss}
         write_whole(self.path / "losses.json", (json.dumps(losses, indent=1) + "\n").encode())
 
-    def map_path(self, layer: int) -> Path:
-        return self.path / "maps" / f"layer{layer:02d}.npz"
+    def map_path(self, layer: int, phase: int | None = None) -> Path:
+        """`phase`: None where the model has no steps."""
+        return map_path(self.path, layer, phase)
 
     def read_select_us(self) -> dict[str, tuple[float, float]]:
         """`cost_measure.select_us` of the selections that the cost table lacks."""
@@ -127,6 +129,10 @@ class WorkFolder:
     def clean(self) -> None:
         """Drop what only an unfinished search needs."""
         shutil.rmtree(self.path / "gradients", ignore_errors=True)
+
+
+def map_path(folder: Path, layer: int, phase: int | None) -> Path:
+    return folder / "maps" / f"{'' if phase is None else f'phase{phase}-'}layer{layer:02d}.npz"
 
 
 def as_lists(scores: Scores) -> Scores:

@@ -37,11 +37,11 @@ def test_a_closed_loop_measures_each_layer_behind_the_chosen_ones(tmp_path, monk
     calls = {}
     real = Search._measure_layer
 
-    def noting(self, sample, call):
-        if self.folder.path.parent.name == "closed" and sample == 0:
+    def noting(self, moment, call):
+        if self.folder.path.parent.name == "closed" and moment.sample == 0:
             assert call.layer not in calls, "measured once"
             calls[call.layer] = call.q.clone()
-        real(self, sample, call)
+        real(self, moment, call)
 
     monkeypatch.setattr(Search, "_measure_layer", noting)
     model, found = run_search(tmp_path / "w", Budget(divergence=0.01), samples, closed_loop=True)
