@@ -122,11 +122,29 @@ def _counts(recipe: Recipe, names: dict[str, str]) -> dict[str, int]:
     return counts
 
 
+def by_steps(recipe: Recipe) -> list[tuple[str, list[LayerPlan]]]:
+    """(title, plans) of each phase, of denoising for each range of steps: "denoising, steps 0-9 of 50"."""
+    groups: dict[tuple[str, Any], list[LayerPlan]] = {}
+    for plan in recipe.layers:
+        groups.setdefault((plan.phase, plan.steps), []).append(plan)
+    order = sorted(groups, key=lambda x: (recipe.phases.index(x[0]), x[1] or (0, 0)))
+    return [(_title(phase, steps, recipe.num_steps), groups[phase, steps]) for phase, steps in order]
+
+
+def _title(phase: str, steps: tuple[int, int] | None, num_steps: int | None) -> str:
+    if phase != "denoising" or num_steps is None:
+        return phase
+    if steps is None:
+        return f"{phase}, all {num_steps} steps"
+    span = f"step {steps[0]}" if steps[1] == steps[0] + 1 else f"steps {steps[0]}-{steps[1] - 1}"
+    return f"{phase}, {span} of {num_steps}"
+
+
 # -- drawing ----------------------------------------------------------------------------------------
 
 
 def draw(recipe: Recipe, console: Console) -> None:
-    """Print the model, one table a phase and the legend."""
+    """Print the model, one table a phase (of denoising, a range of steps) and the legend."""
     model, names = recipe.model, _names(recipe)
     key_heads = f" ({model.num_kv_heads} key heads)" if model.num_kv_heads != model.num_heads else ""
     lines = [
@@ -138,12 +156,14 @@ def draw(recipe: Recipe, console: Console) -> None:
         lines.append("partial: layers and steps that are not listed run dense")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for phase in recipe.phases:
-        plans = [plan for plan in recipe.layers if plan.phase == phase]
-        of = f" of {recipe.num_steps} steps" if recipe.num_steps and phase == "denoising" else ""
-        console.print(_phase_table(f"{phase}{of}", plans, names))
-        if total := _total(plans):
+    for title, plans in by_steps(recipe):
+        console.print(_phase_table(title, plans, names))
+        if total := _total(plans, "all layers"):
             console.print(total, markup=False, highlight=False, soft_wrap=True)
+    denoising = [plan for plan in recipe.layers if plan.phase == "denoising"]
+    by_range = any(plan.steps for plan in denoising) and not recipe.partial
+    if total := _total(denoising, "all layers and steps", recipe.num_steps) if by_range else "":
+        console.print(total, markup=False, highlight=False, soft_wrap=True)
     counts = _counts(recipe, names)
     for text, letter in names.items():
         entry = Text(f"  {letter}  ", style=_colour(letter))
@@ -151,34 +171,35 @@ def draw(recipe: Recipe, console: Console) -> None:
 
 
 def _phase_table(title: str, plans: list[LayerPlan], names: dict[str, str]) -> Table:
-    has_steps = any(plan.steps for plan in plans)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in ("layer", *(["steps"] if has_steps else [])):
-        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("heads from 0", overflow="fold")
     for name in ("worst error", "worst recall", "time us", "speedup"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         numbers = layer_numbers(plan)
-        steps = [f"{plan.steps[0]}-{plan.steps[1] - 1}" if plan.steps else "all"] if has_steps else []
         heads = Text()
         for letter in _letters(plan, names):
             heads.append(letter, style=_colour(letter))
         table.add_row(
-            str(plan.layer), *steps, heads, _number(numbers["worst_error"], ".2%"),
+            str(plan.layer), heads, _number(numbers["worst_error"], ".2%"),
             _number(numbers["worst_recall"], ".4f"), _number(numbers["time_us"], ".1f"),
             _number(numbers["speedup"], ".2f", "x"),
         )  # fmt: skip
     return table
 
 
-def _total(plans: list[LayerPlan]) -> str:
-    """Over the plans of a phase, where all tell their times. Steps of one layer are not weighed."""
-    times, dense = ([_all(plan, name) for plan in plans] for name in ("time_us", "dense_time_us"))
-    if any(x is None for x in [*times, *dense]) or any(plan.steps for plan in plans):
-        return ""
-    new, old = (sum(y for x in part for y in x or ()) for part in (times, dense))
-    return f"all layers: {new:.1f} us, dense {old:.1f} us: {old / new:.2f}x" if new > 0 else ""
+def _total(plans: list[LayerPlan], of: str, num_steps: int | None = None) -> str:
+    """Over some plans, where all tell their times; with `num_steps`, each as often as it has steps."""
+    new = old = 0.0
+    for plan in plans:
+        first, end = plan.steps or (0, num_steps or 1)
+        count = 1 if num_steps is None else end - first
+        time, dense = _all(plan, "time_us"), _all(plan, "dense_time_us")
+        if time is None or dense is None:
+            return ""
+        new, old = new + count * sum(time), old + count * sum(dense)
+    return f"{of}: {new:.1f} us, dense {old:.1f} us: {old / new:.2f}x" if new > 0 else ""
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -645,7 +645,8 @@ def test_show_draws_layers_and_heads(tmp_path):
     assert "LlamaForCausalLM: 2 layers x 6 heads (2 key heads), head size 64" in lines[0]
     prefill = lines.index(next(x for x in lines if x.startswith("prefill")))
     assert re.match(r"\s*0\s+ABACBA\s+-\s+-\s+-\s+-", lines[prefill + 2]), lines[prefill + 2]
-    assert any(re.match(r"\s*1\s+10-49\s+EEEEFF ", x) for x in lines), result.output
+    late = lines.index(next(x for x in lines if x.startswith("denoising, steps 10-49 of 50")))
+    assert re.match(r"\s*1\s+EEEEFF ", lines[late + 3]), lines[late + 3]
     assert any(
         "C  s2 block_size=32 local_blocks=1 vert_stride=4 sink_blocks=1  (2 heads)" in x for x in lines
     )
@@ -663,6 +664,19 @@ def test_show_tells_error_and_speed(tmp_path):
     output = CliRunner().invoke(make_app(), ["recipe", "show", str(path)], env={"COLUMNS": "100"}).output
     assert re.search(r"0\s+AAA\s+2\.00%\s+0\.9000\s+10\.0\s+2\.50x", output), output
     assert "all layers: 10.0 us, dense 25.0 us: 2.50x" in output
+
+
+def test_show_weighs_the_steps_of_a_range(tmp_path):
+    """2 of 20 us at one step, 5 of 20 us at each of the other four."""
+    path, plans = tmp_path / "a.json", []
+    for steps, time in (((0, 1), 2.0), ((1, 5), 5.0)):
+        group = HeadGroup((0, 1), "dense", DenseConfig(), time_us=(time / 2,) * 2, dense_time_us=(10.0, 10.0))
+        plans.append(LayerPlan(0, (group,), "denoising", steps))
+    Recipe(Fingerprint("X", 1, 2, 2, 64, HASH), tuple(plans), num_steps=5).save(path)
+    output = CliRunner().invoke(make_app(), ["recipe", "show", str(path)], env={"COLUMNS": "100"}).output
+    assert "denoising, step 0 of 5" in output and "denoising, steps 1-4 of 5" in output
+    assert "all layers: 5.0 us, dense 20.0 us: 4.00x" in output
+    assert "all layers and steps: 22.0 us, dense 100.0 us: 4.55x" in output
 
 
 def test_show_of_a_bad_file_is_one_message(tmp_path):

@@ -17,10 +17,11 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from sparse_attn.recipe import LayerPlan, Recipe
-from sparse_attn.recipe_command import setting_text
+from sparse_attn.recipe import HeadGroup, LayerPlan, Recipe
+from sparse_attn.recipe_command import by_steps, setting_text
 from sparse_attn.recipe_files import write_whole
 from sparse_attn.search.report_page import page
+from sparse_attn.search.work import map_path
 
 # Settings in the order of their use take these; dense is always grey. Fair to common colour blindness.
 COLOURS = (
@@ -50,13 +51,15 @@ class Report:
         recipe: as loaded.
         settings: (label, colour, number of heads) of each setting, most used first.
         layers: (title, heads) of each plan.
+        phases: (title, numbers of the plans) of each map: a phase, or a range of denoising steps.
         summary: what the search noted, or {}.
-        maps: layer -> {"truth", "kept"} uint8 [heads, GRID, GRID] of the chosen patterns, or {}.
+        maps: plan's number -> {"truth", "kept"} uint8 [heads, GRID, GRID] of the chosen patterns, or {}.
     """
 
     recipe: Recipe
     settings: list[tuple[str, str, int]]
     layers: list[tuple[str, list[Head]]]
+    phases: list[tuple[str, list[int]]]
     summary: dict[str, Any]
     maps: dict[int, dict[str, np.ndarray]]
 
@@ -96,29 +99,51 @@ def load(path: Path, work: Path | None = None) -> Report:
     summary: dict[str, Any] = {}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text())
-        if _choice(recipe, summary) is None:
+        if _chosen(recipe, summary) is None:
             if work is not None:
                 raise ValueError(f"report: {folder} belongs to another recipe than {path}.")
             summary = {}
-    settings, number = _settings(recipe, summary)
-    layers = [(_title(plan), _heads(plan, number)) for plan in recipe.layers]
-    maps = _maps(recipe, summary, folder) if summary else {}
-    return Report(recipe, settings, layers, summary, maps)
+    chosen = (_chosen(recipe, summary) if summary else None) or {}
+    settings, number = _settings(recipe, summary, chosen)
+    layers = [
+        (_title(plan), _heads([(g, number[name]) for g, name in _named(n, plan, summary, chosen)]))
+        for n, plan in enumerate(recipe.layers)
+    ]
+    place = {id(plan): n for n, plan in enumerate(recipe.layers)}
+    phases = [(title, [place[id(plan)] for plan in plans]) for title, plans in by_steps(recipe)]
+    maps = _maps(recipe, summary, chosen, folder)
+    return Report(recipe, settings, layers, phases, summary, maps)
 
 
-def _choice(recipe: Recipe, summary: dict[str, Any]) -> dict[int, list[int]] | None:
-    """layer -> candidate of each head, if the summary is this recipe's."""
-    heads, found = summary["heads"], {}
-    for n, layer in enumerate(summary["layers"]):
-        found[layer] = summary["choice"][n * heads : (n + 1) * heads]
-    for plan in recipe.layers:
-        own = found.get(plan.layer)
-        if own is None or len(own) != plan.num_heads or plan.steps is not None:
+def _phase_of(plan: LayerPlan, summary: dict[str, Any]) -> int | None:
+    """The number of a plan's phase in a search by steps, None in another.
+
+    Raises:
+        ValueError: the search had no such phase.
+    """
+    ranges = (summary.get("schedule") or {"ranges": [None]})["ranges"]
+    number = (ranges if len(ranges) > 1 else [None]).index(None if plan.steps is None else list(plan.steps))
+    return number if summary.get("schedule") else None
+
+
+def _chosen(recipe: Recipe, summary: dict[str, Any]) -> dict[int, list[int]] | None:
+    """plan's number -> candidate of each head, if the summary is this recipe's."""
+    heads, found, result = summary["heads"], {}, {}
+    phases = summary.get("phases") or [0] * len(summary["layers"])
+    for n, place in enumerate(zip(phases, summary["layers"], strict=True)):
+        found[place] = summary["choice"][n * heads : (n + 1) * heads]
+    for n, plan in enumerate(recipe.layers):
+        try:
+            own = found.get((_phase_of(plan, summary) or 0, plan.layer))
+        except ValueError:
+            return None
+        if own is None or len(own) != plan.num_heads:
             return None
         for group in plan.groups:
             if {summary["candidates"][own[h]]["method"] for h in group.heads} != {group.method}:
                 return None
-    return found
+        result[n] = own
+    return result
 
 
 def _title(plan: LayerPlan) -> str:
@@ -126,50 +151,60 @@ def _title(plan: LayerPlan) -> str:
     return f"{plan.layer}{steps}"
 
 
-def _settings(recipe: Recipe, summary: dict[str, Any]) -> tuple[list[tuple[str, str, int]], dict[str, int]]:
-    """(label, colour, heads) of each setting, and its number by `setting_text`."""
-    labels: dict[str, str] = {}
+def _named(
+    n: int, plan: LayerPlan, summary: dict[str, Any], chosen: dict[int, list[int]]
+) -> list[tuple[HeadGroup, str]]:
+    """The groups of a plan with the names of their settings: the search's labels, where they are known. (A
+    candidate that begins with its phase, as SparseD, has other settings in each, but one label.)"""
+    if not chosen:
+        return [(group, setting_text(group)) for group in plan.groups]
+    labels = [x["label"] for x in summary["candidates"]]
+    return [(group, labels[chosen[n][group.heads[0]]]) for group in plan.groups]
+
+
+def _settings(
+    recipe: Recipe, summary: dict[str, Any], chosen: dict[int, list[int]]
+) -> tuple[list[tuple[str, str, int]], dict[str, int]]:
+    """(name, colour, heads) of each setting, and its number by its name."""
     counts: dict[str, int] = {}
-    chosen = _choice(recipe, summary) if summary else None
-    for plan in recipe.layers:
-        for group in plan.groups:
-            text = setting_text(group)
-            counts[text] = counts.get(text, 0) + len(group.heads)
-            labels[text] = text
-            if chosen is not None:
-                labels[text] = summary["candidates"][chosen[plan.layer][group.heads[0]]]["label"]
+    dense = set()
+    for n, plan in enumerate(recipe.layers):
+        for group, name in _named(n, plan, summary, chosen):
+            counts[name] = counts.get(name, 0) + len(group.heads)
+            dense |= {name} if group.method == "dense" else set()
     order = sorted(counts, key=lambda x: (-counts[x], x))
     colours = iter(COLOURS * (len(order) // len(COLOURS) + 1))
-    settings = [
-        (labels[x], DENSE_COLOUR if x.split()[0] == "dense" else next(colours), counts[x]) for x in order
-    ]
+    settings = [(x, DENSE_COLOUR if x in dense else next(colours), counts[x]) for x in order]
     return settings, {x: n for n, x in enumerate(order)}
 
 
-def _heads(plan: LayerPlan, number: dict[str, int]) -> list[Head]:
+def _heads(groups: list[tuple[HeadGroup, int]]) -> list[Head]:
+    """Of groups with the numbers of their settings."""
     heads: dict[int, Head] = {}
-    for group in plan.groups:
+    for group, number in groups:
         columns = (group.relative_error, group.mass_recall, group.time_us, group.dense_time_us)
         for n, head in enumerate(group.heads):
-            heads[head] = Head(number[setting_text(group)], *(None if x is None else x[n] for x in columns))
+            heads[head] = Head(number, *(None if x is None else x[n] for x in columns))
     return [heads[h] for h in sorted(heads)]
 
 
-def _maps(recipe: Recipe, summary: dict[str, Any], folder: Path) -> dict[int, dict[str, np.ndarray]]:
-    chosen = _choice(recipe, summary) or {}
+def _maps(
+    recipe: Recipe, summary: dict[str, Any], chosen: dict[int, list[int]], folder: Path
+) -> dict[int, dict[str, np.ndarray]]:
     found = {}
-    for layer, own in chosen.items():
-        path = folder / "maps" / f"layer{layer:02d}.npz"
+    for n, own in chosen.items():
+        plan = recipe.layers[n]
+        path = map_path(folder, plan.layer, _phase_of(plan, summary))
         if path.is_file():
             with np.load(path) as data:
                 kept = data["kept"][own, np.arange(len(own))]
-                found[layer] = {"truth": data["truth"], "kept": kept}
+                found[n] = {"truth": data["truth"], "kept": kept}
     return found
 
 
 def packed(maps: dict[int, dict[str, np.ndarray]], name: str) -> dict[int, str]:
-    """layer -> base64 of uint8 [heads, GRID, GRID]"""
-    return {layer: base64.b64encode(x[name].tobytes()).decode() for layer, x in maps.items()}
+    """plan's number -> base64 of uint8 [heads, GRID, GRID]"""
+    return {n: base64.b64encode(x[name].tobytes()).decode() for n, x in maps.items()}
 
 
 # -- a picture ------------------------------------------------------------------------------------------
@@ -192,24 +227,28 @@ def draw_png(report: Report, path: Path) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    rows, width = len(report.layers), max(len(heads) for _, heads in report.layers)
-    grid = np.full((rows, width), np.nan)
-    for n, (_, heads) in enumerate(report.layers):
-        grid[n, : len(heads)] = [h.setting for h in heads]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 6), width_ratios=(3, 1.5, 1.5, 3), layout="constrained")
+    width, count = max(len(heads) for _, heads in report.layers), len(report.phases)
+    figure = plt.figure(figsize=(15, max(6, 3 * count)), layout="constrained")
+    grid = figure.add_gridspec(count, 4, width_ratios=(3, 1.5, 1.5, 3))
     colours = ListedColormap([colour for _, colour, _ in report.settings])
-    axes[0].imshow(grid, cmap=colours, vmin=-0.5, vmax=len(report.settings) - 0.5, aspect="auto")
-    axes[0].set(title="pattern of each head", xlabel="head", ylabel="layer")
-    patches = [Patch(color=colour, label=f"{label} ({count})") for label, colour, count in report.settings]
+    errors, speedups = layer_errors(report), layer_speedups(report)
+    for row, (title, numbers) in enumerate(report.phases):
+        axes = [figure.add_subplot(grid[row, n]) for n in range(3)]
+        cells = np.full((len(numbers), width), np.nan)
+        for y, n in enumerate(numbers):
+            heads = report.layers[n][1]
+            cells[y, : len(heads)] = [h.setting for h in heads]
+        axes[0].imshow(cells, cmap=colours, vmin=-0.5, vmax=len(report.settings) - 0.5, aspect="auto")
+        axes[0].set(title=title if count > 1 else "pattern of each head", xlabel="head", ylabel="layer")
+        for axis, values, name in (
+            (axes[1], errors, "relative error, rms of heads"),
+            (axes[2], speedups, "predicted speedup"),
+        ):
+            axis.barh(range(len(numbers)), [values[n] or 0 for n in numbers], color="#0072b2")
+            axis.set(title=name, ylim=(len(numbers) - 0.5, -0.5), yticks=[])
+    patches = [Patch(color=colour, label=f"{label} ({uses})") for label, colour, uses in report.settings]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
-    places = np.arange(rows)
-    for axis, values, title in (
-        (axes[1], layer_errors(report), "relative error, rms of heads"),
-        (axes[2], layer_speedups(report), "predicted speedup"),
-    ):
-        axis.barh(places, [0 if x is None else x for x in values], color="#0072b2")
-        axis.set(title=title, ylim=(rows - 0.5, -0.5), yticks=[])
-    _draw_curve(axes[3], report)
+    _draw_curve(figure.add_subplot(grid[:, 3]), report)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -16,9 +16,9 @@ function show(layer, head, button) {
   document.getElementById('what').textContent = `Layer ${data.layers[layer].title}, head ${head}: ${setting[0]}`;
   document.getElementById('numbers').textContent = `relative error ${say(cell.error, 4)}, mass recall `
     + `${say(cell.recall, 4)}, predicted ${say(cell.time && cell.time / 1e3, 2)} of ${say(cell.dense && cell.dense / 1e3, 2)} ms`;
-  const truth = data.truth[data.layers[layer].number];
+  const truth = data.truth[layer];
   if (!truth) return;
-  const t = bytes(truth).subarray(head * G * G), k = bytes(data.kept[data.layers[layer].number]).subarray(head * G * G);
+  const t = bytes(truth).subarray(head * G * G), k = bytes(data.kept[layer]).subarray(head * G * G);
   paint('truth', (n) => blend([255, 255, 255], [8, 48, 107], t[n] / 255));
   paint('kept', (n) => {
     const ground = blend([255, 255, 255], [214, 228, 244], Math.sqrt(k[n] / 255));

@@ -24,7 +24,7 @@ def page(report: Report) -> str:
         f"heads, head size {model.head_dim}.</p>",
         _cards(report),
         '<div class="two">',
-        f"<section><h2>Pattern of each head</h2>{_map(report)}{_legend(report)}</section>",
+        f"<section><h2>Pattern of each head</h2>{_maps(report)}{_legend(report)}</section>",
         _detail(report),
         "</div>",
         _curve(report.summary),
@@ -53,10 +53,7 @@ def _data(report: Report) -> dict[str, Any]:
         times = {"time": h.time_us, "dense": h.dense_time_us}
         return {"setting": h.setting, "error": h.error, "recall": h.recall, **times}
 
-    layers = [
-        {"title": title, "number": plan.layer, "heads": [numbers(h) for h in heads]}
-        for (title, heads), plan in zip(report.layers, report.recipe.layers, strict=True)
-    ]
+    layers = [{"title": title, "heads": [numbers(h) for h in heads]} for title, heads in report.layers]
     return {
         "grid": GRID, "settings": report.settings, "layers": layers,
         "truth": packed(report.maps, "truth"), "kept": packed(report.maps, "kept"),
@@ -83,7 +80,7 @@ def _cards(report: Report) -> str:
         ]
         kept = [t for t in s["trials"] if abs(t["budget"] - s["error"]) <= 0.05 * t["budget"]]
         if kept:
-            cost, what = _came_of(kept[-1])
+            cost, what = _came_of(kept[-1], s)
             cards.append((cost, f"{what} where it was tried"))
     else:
         known = [x for x in layer_speedups(report) if x is not None]
@@ -96,15 +93,23 @@ def _cards(report: Report) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def _map(report: Report) -> str:
+def _maps(report: Report) -> str:
+    """A map for each phase; its title where there are several."""
+    maps = [(title, _map(report, numbers)) for title, numbers in report.phases]
+    if len(maps) == 1:
+        return maps[0][1]
+    return "".join(f"<h3>{escape(title)}</h3>{text}" for title, text in maps)
+
+
+def _map(report: Report, numbers: list[int]) -> str:
     from sparse_attn.search.report import layer_errors, layer_speedups
 
-    width = max(len(heads) for _, heads in report.layers)
+    width = max(len(report.layers[n][1]) for n in numbers)
     heads_row = "".join(f"<th>{n}</th>" for n in range(width))
     head = f'<th></th>{heads_row}<th class="num">error</th><th class="num speed">speed</th>'
-    rows = []
-    numbers = zip(layer_errors(report), layer_speedups(report), strict=True)
-    for n, ((title, heads), (error, speed)) in enumerate(zip(report.layers, numbers, strict=True)):
+    rows, errors, speedups = [], layer_errors(report), layer_speedups(report)
+    for n in numbers:
+        (title, heads), error, speed = report.layers[n], errors[n], speedups[n]
         cells = "".join(
             f'<td style="background:{report.settings[h.setting][1]}">'
             f'<button data-layer="{n}" data-head="{i}" '
@@ -115,7 +120,7 @@ def _map(report: Report) -> str:
         cells += "<td></td>" * (width - len(heads))
         times = f"{speed:.1f}x" if speed else ""
         tail = f'<td class="num">{_say(error, ".3f")}</td><td class="num speed">{times}</td>'
-        rows.append(f"<tr><th>{escape(title)}</th>{cells}{tail}</tr>")
+        rows.append(f"<tr><th>{report.recipe.layers[n].layer}</th>{cells}{tail}</tr>")
     body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table class="map">{body}</table></div>'
 
@@ -211,18 +216,20 @@ def _curve(s: dict[str, Any]) -> str:
     )
 
 
-def _came_of(trial: dict[str, float]) -> tuple[str, str]:
+def _came_of(trial: dict[str, float], s: dict[str, Any]) -> tuple[str, str]:
     """What a recipe cost the model: a number and what it counts."""
     if "changed" in trial:
-        return f"{100 * trial['changed']:.2f} %", "changed next tokens"
+        tokens = "masked" if s.get("schedule") else "next"
+        return f"{100 * trial['changed']:.2f} %", f"changed {tokens} tokens"
     return f"{100 * math.expm1(trial['rise']):+.2f} %", "perplexity"
 
 
 def _trials(s: dict[str, Any]) -> str:
     if not s.get("trials"):
         return ""
+    unit = " nats" if s["weight"] == "divergence" else ""
     rows = "".join(
-        f"<dt>{t['budget']:.5f} nats</dt><dd>{' '.join(_came_of(t))}, {t['time_us'] / 1e3:.1f} ms</dd>"
+        f"<dt>{t['budget']:.5f}{unit}</dt><dd>{' '.join(_came_of(t, s))}, {t['time_us'] / 1e3:.1f} ms</dd>"
         for t in s["trials"]
     )
     note = '<p class="soft">Error budget, and what came of it.</p>'
@@ -235,7 +242,7 @@ def _provenance(report: Report) -> str:
         "recipe made by": recipe.created_by,
         "model's config": recipe.model.config_hash,
         "calibration data": recipe.calibration_hash or "not noted",
-        "phases": ", ".join(recipe.phases),
+        "phases": "; ".join(title for title, _ in report.phases),
     }
     if s:
         table = s["table"]
@@ -246,5 +253,10 @@ def _provenance(report: Report) -> str:
             "candidates": ", ".join(c["label"] for c in s["candidates"]),
             "times": f"{table['device']}, measured on {table['threads']} thread(s), {table.get('date', '')}",
         }
+    if schedule := s.get("schedule"):
+        rows["denoising"] = (
+            f"{schedule['num_steps']} steps of {schedule['branches']} pass(es), of each phase at most "
+            f"{schedule['measured']} measured; times are of all passes"
+        )
     inner = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
     return f"<section><h2>Where this comes from</h2><dl>{inner}</dl></section>"

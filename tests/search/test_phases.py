@@ -26,6 +26,8 @@ from sparse_attn.search.denoising import DenoisingModel  # noqa: E402
 from sparse_attn.search.models import CallableModel  # noqa: E402
 from sparse_attn.search.phases import Schedule, read_phases, split  # noqa: E402
 from sparse_attn.search.predict import Measured, plans  # noqa: E402
+from sparse_attn.search.report import draw_png, load  # noqa: E402
+from sparse_attn.search.report_page import page  # noqa: E402
 from sparse_attn.search.run import Budget, PaperRule, Search, recipe_attention, sdpa_layer, search  # noqa: E402
 from sparse_attn.search.solve import solve  # noqa: E402
 
@@ -206,6 +208,36 @@ def test_the_recipe_is_what_the_integration_runs(searched, tmp_path):
         assert run.step == STEPS - 1
     assert torch.equal(tokens, written[0])
     assert not torch.equal(tokens, model.generate(model.ids, sdpa_layer))
+
+
+def test_the_report_has_a_map_for_each_phase(searched, tmp_path):
+    work, found = searched
+    found.recipe.save(tmp_path / "r.json")
+    report = load(tmp_path / "r.json", work)
+    assert [title for title, _ in report.phases] == ["denoising, steps 0-1 of 6", "denoising, steps 2-5 of 6"]
+    chosen = found.choice.reshape(2, 2, 4)
+    for phase, (_, numbers) in enumerate(report.phases):
+        for layer, n in enumerate(numbers):
+            labels = [report.settings[h.setting][0] for h in report.layers[n][1]]
+            assert labels == [found.candidates[c].label for c in chosen[phase, layer]]
+            with np.load(work / "maps" / f"phase{phase}-layer{layer:02d}.npz") as maps:
+                assert np.array_equal(report.maps[n]["truth"], maps["truth"])
+                kept = maps["kept"][chosen[phase, layer], range(4)]
+                assert np.array_equal(report.maps[n]["kept"], kept)
+    text = page(report)
+    assert "6 steps of 1 pass(es), of each phase at most 6 measured" in text
+    assert text.count("<table") == 2 and text.count("<h3>") == 2 and text.count("<button") == 16
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    draw_png(report, tmp_path / "r.png")
+    other = replace(
+        found.recipe, layers=tuple(p for p in found.recipe.layers if p.steps == (0, 2)), partial=True
+    )
+    other.save(tmp_path / "part.json")
+    assert len(load(tmp_path / "part.json", work).maps) == 2
+    plain = replace(other, layers=tuple(replace(p, steps=None) for p in other.layers))
+    plain.save(tmp_path / "plain.json")
+    with pytest.raises(ValueError, match="belongs to another recipe"):
+        load(tmp_path / "plain.json", work)
 
 
 # -- interruptions --------------------------------------------------------------------------------------
