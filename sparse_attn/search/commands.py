@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +17,10 @@ from sparse_attn.demo.model import LoadedModel, MissingAssetError, default_devic
 from sparse_attn.demo.text import read_text
 from sparse_attn.search.candidates import Shape, default_candidates, distinct, load_candidates
 from sparse_attn.search.cost import CostTable
+from sparse_attn.search.denoising import DenoisingModel
 from sparse_attn.search.jobs import Jobs
 from sparse_attn.search.models import LanguageModel
+from sparse_attn.search.phases import read_phases
 from sparse_attn.search.run import Budget, Found, PaperRule, Search, recipe_attention, sdpa_layer, search
 
 DEMO = "demo"
@@ -32,12 +34,12 @@ def search_command(
     ] = None,
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.json"),
     budget: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="perplexity=1%, agreement=99% (of next tokens), error=0.05 (relative, root mean square) "
-            "or divergence=0.01 (nats)."
+            "or divergence=0.01 (nats); default the first, with --steps the second."
         ),
-    ] = "perplexity=1%",
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a calibration sample.")] = 4096,
     samples: Annotated[int, typer.Option(help="Samples that candidates are measured on.")] = 1,
     checks: Annotated[
@@ -75,10 +77,27 @@ def search_command(
         bool,
         typer.Option("--closed-loop", help="Choose layers in order, each measured behind the chosen ones."),
     ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="A diffusion language model: fill the masks after the prompt in so many steps."),
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of a sample before the masks; default half (with --steps).")
+    ] = None,
+    mask_token: Annotated[
+        int | None, typer.Option(help="Number of the mask's token; default: as the model's config says.")
+    ] = None,
+    phases: Annotated[
+        str,
+        typer.Option(help="Ranges of steps with settings of their own: 4, or where they begin: 0,3,12."),
+    ] = "1",
+    phase_steps: Annotated[int, typer.Option(help="Steps of each phase to measure on.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the tokens drawn for the divergence.")] = 0,
     held_out: Annotated[Path | None, typer.Option(help="Another text: report the perplexity on it.")] = None,
 ) -> None:
     """Find the cheapest attention of every layer and head that keeps a language model's output.
+
+    With --steps, of every layer, head and phase of a diffusion language model.
 
     What is measured is kept beside the recipe; a search that was killed goes on with --resume. Ctrl-C
     writes a partial recipe of the layers that were measured.
@@ -86,26 +105,34 @@ def search_command(
     messages = Console(stderr=True)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        budget = budget or ("perplexity=1%" if steps is None else "agreement=99%")
         rule: Budget | PaperRule = (
             PaperRule(penalty, epsilon) if _mode(mode) == "paper" else parse_budget(budget)
         )
-        loaded, language = _load(model, text, tokens, samples, checks, device)
+        if steps is not None and held_out is not None:
+            raise ValueError("search: --held-out tells a perplexity, which a diffusion model has not.")
+        asked = Asked(model, text, tokens, samples, checks, device, steps, prompt, mask_token)
+        loaded, language = asked.load()
         names = None if methods is None else [x.strip() for x in methods.split(",") if x.strip()]
         f = language.fingerprint
-        shape = Shape(tokens, f.num_heads, f.num_kv_heads, f.head_dim, device=language.device.type)
+        shape = Shape(
+            tokens, f.num_heads, f.num_kv_heads, f.head_dim, steps is None, device=language.device.type
+        )
         own = [] if candidates is None else load_candidates(candidates)
         options = {
             "candidates": distinct([*default_candidates(shape, names), *own]),
             "table": None if cost_table is None else CostTable.load(cost_table),
             "num_queries": queries, "seed": seed, "resume": resume, "closed_loop": closed_loop,
+            "phases": read_phases(phases), "measured_steps": phase_steps,
         }  # fmt: skip
         folder = out.with_name(f"{out.stem}.search") if work is None else work
         if dry_run:
-            _say_plan(language, options, folder, out, messages)
+            _say_plan(language, rule, options, folder, out, messages)
             return
         with _Bar(messages) as bar:
-            make = partial(_load_for_job, model, text, tokens, samples, checks, device)
-            found = search(language, rule, work=folder, jobs=Jobs(jobs, make), progress=bar, **options)
+            found = search(
+                language, rule, work=folder, jobs=Jobs(jobs, asked.load_for_job), progress=bar, **options
+            )
         found.recipe.save(out)
         print_found(found, out, folder, Console())
         if held_out is not None:
@@ -153,21 +180,47 @@ def parse_budget(text: str) -> Budget:
 # -- the model and its samples --------------------------------------------------------------------------
 
 
-def _load(
-    model: str, text: Path | None, tokens: int, samples: int, checks: int, device: str | None
-) -> tuple[LoadedModel, LanguageModel]:
-    if samples < 1 or checks < 0 or tokens < 2:
-        raise ValueError("search: --samples and --tokens must be positive, --checks at least 0.")
-    loaded = load_language_model(model, tokens, device)
-    ids = text_samples(loaded, read_calibration_text(text), tokens, samples + checks).to(loaded.model.device)
-    return loaded, LanguageModel(loaded.model, ids[:samples], check=ids[samples:] if checks else None)
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command that say what is searched."""
 
+    model: str
+    text: Path | None
+    tokens: int
+    samples: int
+    checks: int
+    device: str | None
+    steps: int | None = None
+    prompt: int | None = None
+    mask_token: int | None = None
 
-def _load_for_job(
-    model: str, text: Path | None, tokens: int, samples: int, checks: int, device: str | None, rank: int
-) -> LanguageModel:
-    """The model in another process, on the GPU that it has made the current one."""
-    return _load(model, text, tokens, samples, checks, device)[1]
+    def load(self) -> tuple[LoadedModel, LanguageModel]:
+        """The model and its samples.
+
+        Raises:
+            MissingAssetError, ValueError: as `load_language_model`, `text_samples` and `DenoisingModel`.
+        """
+        if self.samples < 1 or self.checks < 0 or self.tokens < 2:
+            raise ValueError("search: --samples and --tokens must be positive, --checks at least 0.")
+        loaded = load_language_model(self.model, self.tokens, self.device)
+        text = read_calibration_text(self.text)
+        ids = text_samples(loaded, text, self.tokens, self.samples + self.checks).to(loaded.model.device)
+        ids, check = ids[: self.samples], ids[self.samples :] if self.checks else None
+        if self.steps is None:
+            return loaded, LanguageModel(loaded.model, ids, check=check)
+        mask = self.mask_token
+        mask = getattr(loaded.model.config, "mask_token_id", None) if mask is None else mask
+        if mask is None:
+            raise ValueError(
+                f"search: the config of {loaded.name} names no mask_token_id; pass --mask-token."
+            )
+        prompt = self.tokens // 2 if self.prompt is None else self.prompt
+        how = {"num_steps": self.steps, "prompt_len": prompt, "mask_id": mask}
+        return loaded, DenoisingModel(loaded.model, ids, check=check, **how)
+
+    def load_for_job(self, rank: int) -> LanguageModel:
+        """The model in another process, on the GPU that it has made the current one."""
+        return self.load()[1]
 
 
 def load_language_model(model: str, tokens: int, device: str | None = None) -> LoadedModel:
@@ -297,23 +350,27 @@ def _held_out(
 
 
 def _say_plan(
-    language: LanguageModel, options: dict[str, Any], folder: Path, out: Path, console: Console
-) -> None:
+    language: LanguageModel, rule: Budget | PaperRule, options: dict[str, Any], folder: Path, out: Path,
+    console: Console,
+) -> None:  # fmt: skip
     """What a search would do, and a guess of its time from one dense pass and one measured layer."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
         trial = Search(language, scratch, **(options | {"resume": False}))
+        trial.check_rule(rule)
         f, start = language.fingerprint, time.perf_counter()
         language.run(0, sdpa_layer)
         one_pass = time.perf_counter() - start
         start = time.perf_counter()
         trial.measure_first_layer()
         layer = time.perf_counter() - start
-    total = language.num_samples * (4 * one_pass + f.num_layers * layer)
+    moments = len(trial.schedule.moments(0))
+    total = language.num_samples * (4 * one_pass + moments * f.num_layers * layer)
     total = (2 if trial.closed_loop else 1) * total + 5 * one_pass  # a closed loop measures again, or twice
+    at = f" at {moments} passes in {len(trial.schedule.ranges)} phase(s)" if language.num_steps else ""
     console.print(
-        f"would measure {len(trial.options)} candidates on {f.num_layers} layers of {f.num_heads} heads, "
+        f"would measure {len(trial.options)} candidates on {f.num_layers} layers of {f.num_heads} heads{at}, "
         f"{language.num_samples} sample(s) of {language.length} tokens, into {folder}; solve; write {out}.\n"
         f"about {total / 60:.0f} min: {one_pass:.1f} s a pass, {layer:.1f} s a layer for all candidates.\n"
         "candidates: " + ", ".join(c.label for c in trial.options),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -85,9 +86,48 @@ def test_a_dry_run_measures_nothing(directory, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def diffusion(directory, tmp_path_factory):
+    """The same model, seeing both ways."""
+    folder = tmp_path_factory.mktemp("diffusion")
+    shutil.copytree(directory, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"is_causal": False, "mask_token_id": 255}))
+    return folder
+
+
+def test_a_diffusion_model_is_searched_by_phase(diffusion, tmp_path):
+    words = [
+        "search",
+        diffusion,
+        *options(diffusion, tmp_path),
+        "--steps",
+        6,
+        "--prompt",
+        64,
+        "--phases",
+        "0,2",
+    ]
+    planned = invoke(*words, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert "of 2 heads at 4 passes in 2 phase(s)" in planned.output.replace("\n", " ")
+    done = invoke(*words, "--budget", "error=30%")
+    assert done.exit_code == 0, done.output
+    recipe = Recipe.load(tmp_path / "r.json")
+    assert recipe.num_steps == 6 and {p.steps for p in recipe.layers} == {(0, 2), (2, 6)}
+    again = invoke(*words, "--resume")
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "r.search" / "summary.json").read_text())["rule"]["agreement"] == 0.99
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--phases", "3"], "this model makes one pass"),
+        (["--steps", "6"], "names no mask_token_id; pass --mask-token"),
+        (["--steps", "6", "--mask-token", "255"], "attention is causal"),
+        (["--steps", "6", "--held-out", "text.txt"], "--held-out tells a perplexity"),
+        (["--phases", "early"], "use a number, 4, or the steps"),
         (["--budget", "speed=2"], "use perplexity=1%"),
         (["--mode", "fast"], "use measured or paper"),
         (["--tokens", "1000"], "reads at most 512"),
@@ -96,7 +136,7 @@ def test_a_dry_run_measures_nothing(directory, tmp_path):
         (["--device", "tpu"], "use cpu or cuda"),
         (["--cost-table", "missing.json"], "not a cost table"),
     ],
-    ids=lambda x: x[0] if isinstance(x, list) else "",
+    ids=lambda x: "".join(x[:4]) if isinstance(x, list) else "",
 )
 def test_bad_options_say_what_to_do(directory, tmp_path, words, message):
     done = invoke("search", directory, *options(directory, tmp_path), *words)
