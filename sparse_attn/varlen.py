@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from sparse_attn.methods import METHODS, Context, Method
 from sparse_attn.methods.base import run
 from sparse_attn.methods.blasst import full_layout
 from sparse_attn.plan import Plan
+from sparse_attn.varlen_batch import PagedCall, attend_paged
 from sparse_attn.varlen_checks import (
     Lengths,
     check_tensors,
@@ -32,7 +34,6 @@ from sparse_attn.varlen_checks import (
     same_count,
     to_host,
 )
-from sparse_attn.varlen_pages import gather_pages, needed_pages
 
 LayoutOf = Callable[[int, int], SparseLayout]
 
@@ -123,7 +124,7 @@ def sparse_attention_varlen(
     for n, (most, S) in enumerate(zip(k_lens, used, strict=True)):
         if not 0 <= S <= most:
             raise ValueError(f"{op}: seqused_k[{n}] is {S}; sequence {n} has {most} keys.")
-    each = _Each(
+    each = Each(
         op, len(q_lens), method, config, layout, sparse_if, context, is_causal, scale, enable_gqa, engine,
         method_config,
     )  # fmt: skip
@@ -153,6 +154,7 @@ def sparse_attention_paged(
     enable_gqa: bool = False,
     return_lse: bool = False,
     engine: str | None = None,
+    trust_table: bool = False,
     **method_config: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of N packed query sequences over keys that lie in pages, as in vLLM. Inference only.
@@ -160,6 +162,7 @@ def sparse_attention_paged(
     Sequence n reads the first seqused_k[n] tokens of pages block_table[n, 0], block_table[n, 1], ...
     Its pages are gathered for its call and freed after it; nothing else of the cache is copied. Of a method
     that chooses by shape alone (S2) a key head's pages are read only where one of its query heads needs them.
+    Sequences that can be attended together share a call of an engine: see docs/varlen.md.
 
     Args:
         query: [T, Hq, D] float16, bfloat16 or float32; strides free while the last is 1.
@@ -173,6 +176,8 @@ def sparse_attention_paged(
             must already be in the cache, included. 0 is legal.
         method, config, layout, sparse_if, context, is_causal, scale, enable_gqa, return_lse, engine:
             as in `sparse_attention_varlen`.
+        trust_table: leave out the check that the table names pages of the cache; where lengths are lists,
+            nothing then makes the host wait for a GPU. Default False.
 
     Returns:
         out [T, Hq, Dv], or (out, lse) with lse float32 [Hq, T].
@@ -204,18 +209,13 @@ def sparse_attention_paged(
             "or train with sparse_attention_varlen."
         )
     query = autocast(query, k, v)[0]  # the cache stays as it is: `attend` casts each sequence's pages
-    q_lens, used = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k)
-    each = _Each(
+    q_lens, used = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k, trust_table)
+    each = Each(
         op, len(q_lens), method, config, layout, sparse_if, context, is_causal, scale, enable_gqa, engine,
         method_config,
     )  # fmt: skip
-
-    def gather(n: int) -> tuple[Tensor, Tensor]:
-        layout = each.layout_by_shape(n, query, k, q_lens[n], used[n])
-        needed = None if layout is None else needed_pages(layout, k_cache.shape[2], k_cache.shape[1])
-        return gather_pages((k_cache, v_cache), block_table[n], used[n], needed)
-
-    out, lse = _attend_all(each, query, q_lens, used, v_cache.shape[-1], gather)
+    call = PagedCall(query, (k_cache, v_cache), block_table, q_lens, used)
+    out, lse = attend_paged(each, call)
     return (out, lse) if return_lse else out
 
 
@@ -223,7 +223,7 @@ def sparse_attention_paged(
 
 
 @dataclass
-class _Each:
+class Each:
     """How every sequence of a call is attended."""
 
     op: str
@@ -239,6 +239,7 @@ class _Each:
     engine: str | None
     method_config: dict[str, Any]
     _layouts: dict[tuple[int, int], SparseLayout] = field(default_factory=dict)
+    _sparse: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.method = _method(self.op, self.method, self.layout)
@@ -263,26 +264,55 @@ class _Each:
                 "one each."
             )
 
-    def layout_by_shape(self, n: int, query: Tensor, k: Tensor, L: int, S: int) -> SparseLayout | None:
-        """What sequence n will read, where that can be told before its keys are read and may be less than
-        all: a prompt without a cached prefix reads every key, at least from the block that it lies in.
+    @property
+    def can_join(self) -> bool:
+        """Whether the results of a sequence are what `attend` makes of its plan, and need no cache."""
+        if isinstance(self.context, Sequence) or (
+            self.context is not None and self.context.cache is not None
+        ):
+            return False
+        return not (isinstance(self.method, Method) and self.method.finish is not None)
+
+    def is_dense(self, L: int, S: int) -> bool:
+        if self.method is None and self.layout is None:
+            return True
+        if self.sparse_if is None:
+            return False
+        if (L, S) not in self._sparse:
+            self._sparse[L, S] = bool(self.sparse_if(L, S))
+        return not self._sparse[L, S]
+
+    def plan_by_shape(self, shape: tuple[Any, ...], remember: bool) -> Plan | None:
+        """`plan` of a sequence where it can be told before the keys are read, from (Hq, Hkv, L, S, D, dtype,
+        device).
 
         Args:
-            query: [T, Hq, D]; k: [any, Hkv, any, D]; only their shapes, dtypes and device matter.
+            remember: from call to call, as the layers of a model ask for the same ones.
         """
         method = self.method
-        if not (isinstance(method, Method) and method.by_shape and L < S):
+        if not isinstance(method, Method):
+            return self.plan(0, *_shaped(*shape))
+        if not method.by_shape:
             return None
-        if self.sparse_if is not None and not self.sparse_if(L, S):
-            return None
-        q = query[:1].transpose(0, 1)[None].expand(-1, -1, L, -1)
-        key = k[:1, :, :1].expand(-1, -1, S, -1)
-        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        how = {"is_causal": self.is_causal, "scale": scale, "context": self._context(n)}
-        try:
-            return method.select(q, key, self.config, **how).layout
-        except (ValueError, NotImplementedError):
-            return None  # `attend` will say the same of this sequence
+        how = (bool(self.is_causal), self.scale, self._context(0).head_offset)
+        if remember and type(self.config).__hash__ not in (None, object.__hash__):
+            return _remembered_plan(method, self.config, how, shape)
+        return _plan_of_shape(method, self.config, how, shape)
+
+    def plan(self, n: int, q: Tensor, k: Tensor) -> Plan:
+        """What sequence n reads; q [1, Hq, L, D], k [1, Hkv, S, D]."""
+        L, S = q.shape[2], k.shape[2]
+        if self.is_dense(L, S):
+            return Plan(full_layout(L, S, 128, 128, q.device))
+        if self.layout is not None:
+            if (L, S) not in self._layouts:
+                self._layouts[L, S] = self.layout(L, S)
+            return Plan(self._layouts[L, S])
+        assert isinstance(self.method, Method)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+        return self.method.select(
+            q, k, self.config, is_causal=self.is_causal, scale=scale, context=self._context(n)
+        )
 
     def _context(self, n: int) -> Context:
         context = self.context[n] if isinstance(self.context, Sequence) else self.context
@@ -298,35 +328,39 @@ class _Each:
             "engine": self.engine,
         }
         try:
-            sparse = self.sparse_if is None or self.sparse_if(L, S)
-            if sparse and isinstance(self.method, Method):
+            if isinstance(self.method, Method) and not self.is_dense(L, S):
                 return run(self.method, q, k, v, self.config, context=self._context(n), **options)
-            if sparse and self.layout is not None:
-                if (L, S) not in self._layouts:
-                    self._layouts[L, S] = self.layout(L, S)
-                layout = self._layouts[L, S]
-            else:
-                layout = _dense_layout(L, S, q.device)
-            return attend(q, k, v, Plan(layout), **options)
+            return attend(q, k, v, self.plan(n, q, k), **options)
         except (ValueError, NotImplementedError) as error:
-            kind = ValueError if isinstance(error, ValueError) else NotImplementedError
-            raise kind(f"{self.op}: sequence {n} ({L} queries, {S} keys): {error}") from error
+            raise self.named(error, n, L, S) from error
+
+    def named(self, error: Exception, n: int, L: int, S: int) -> Exception:
+        """The error of one sequence, saying which."""
+        kind = ValueError if isinstance(error, ValueError) else NotImplementedError
+        return kind(f"{self.op}: sequence {n} ({L} queries, {S} keys): {error}")
 
 
-def _dense_layout(L: int, S: int, device: torch.device) -> SparseLayout:
-    """Every key block. A decoded token's key length is new with every step, so that remembering layouts
-    does not help it; its one row is whole but for the last block, which need not be searched for."""
-    if L > 1:
-        return full_layout(L, S, 128, 128, device)
-    layout = SparseLayout.full(L, S, device=device)
-    bounds = torch.tensor([[S // layout.block_n, layout.num_key_blocks]], dtype=torch.int32)
-    for is_causal in (False, True):
-        layout._cache["block_bounds", is_causal] = bounds.to(device, non_blocking=True)
-    return layout
+def _shaped(
+    heads: int, num_kv_heads: int, L: int, S: int, dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Query and key of these shapes, without memory of their own."""
+    like = torch.empty(1, dtype=dtype, device=device)
+    return like.expand(1, heads, L, dim), like.expand(1, num_kv_heads, S, dim)
+
+
+def _plan_of_shape(method: Method, config: Any, how: tuple[Any, ...], shape: tuple[Any, ...]) -> Plan:
+    is_causal, scale, head_offset = how
+    q, k = _shaped(*shape)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    context = Context(head_offset=head_offset)
+    return method.select(q, k, config, is_causal=is_causal, scale=scale, context=context)
+
+
+_remembered_plan = lru_cache(maxsize=1024)(_plan_of_shape)
 
 
 def _attend_all(
-    each: _Each,
+    each: Each,
     query: Tensor,
     q_lens: list[int],
     k_lens: list[int],

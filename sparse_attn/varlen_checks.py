@@ -82,7 +82,13 @@ def same_count(op: str, q_lens: list[int], **others: list[int]) -> None:
 
 
 def paged_lengths(
-    op: str, query: Tensor, cache: Tensor, cu_seqlens_q: Lengths, block_table: Tensor, seqused_k: Lengths
+    op: str,
+    query: Tensor,
+    cache: Tensor,
+    cu_seqlens_q: Lengths,
+    block_table: Tensor,
+    seqused_k: Lengths,
+    trust_table: bool,
 ) -> tuple[list[int], list[int]]:
     """Query and key lengths, with the block table checked in the same synchronisation."""
     check_tensors(op, 2, "(sequences, max_pages)", block_table=block_table)
@@ -94,7 +100,7 @@ def paged_lengths(
     num_pages, page_size = cache.shape[:2]
     N, max_pages = block_table.shape
     given: dict[str, Lengths] = {"cu_seqlens_q": cu_seqlens_q, "seqused_k": seqused_k}
-    if _is_vector(seqused_k) and len(seqused_k) == N and block_table.numel():
+    if not trust_table and _is_vector(seqused_k) and len(seqused_k) == N and block_table.numel():
         used_tokens = torch.as_tensor(seqused_k).to(block_table.device, non_blocking=True)
         read = torch.arange(max_pages, device=block_table.device) * page_size < used_tokens[:, None]
         wrong = read & ((block_table < 0) | (block_table >= num_pages))

@@ -1,66 +1,80 @@
-"""Reading a sequence's keys and values out of the pages of a cache: all of them, or those that are needed.
+"""Reading keys and values of sequences out of the pages of a cache: all of them, or those that are needed.
 
-Letters as in `varlen`; P pages of a sequence, Hkv key heads.
+Letters as in `varlen`; B rows of P pages, Hkv key heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 
 
-def needed_pages(layout: SparseLayout, num_kv_heads: int, page_size: int) -> Tensor | None:
-    """Which pages each key head reads under a layout of batch 1: bool [Hkv, P]. None: the layout reads single
-    keys as well (columns), so that all are asked for."""
-    if layout.columns is not None:
-        return None
-    blocks = _needed_blocks(layout, num_kv_heads).to(torch.int32)
+def needed_pages(layout: SparseLayout, num_kv_heads: int, page_size: int) -> Tensor:
+    """Which pages each key head reads under a layout: bool [layout.batch, Hkv, P]."""
+    blocks = _needed(layout, layout.blocks, layout.num_key_blocks, num_kv_heads).to(torch.int32)
     before = torch.nn.functional.pad(blocks.cumsum(-1), (1, 0))  # needed blocks before each block
     num_pages = -(-layout.S // page_size)
     first = torch.arange(num_pages, device=blocks.device) * page_size
     last = (first + page_size).clamp(max=layout.S) - 1
     first, last = (torch.div(x, layout.block_n, rounding_mode="floor") for x in (first, last))
-    return before[:, last + 1] > before[:, first]
+    pages = before[..., last + 1] > before[..., first]
+    if layout.columns is not None:
+        pages |= _needed(layout, layout.columns, num_pages, num_kv_heads, page_size)
+    return pages
 
 
-def _needed_blocks(layout: SparseLayout, num_kv_heads: int) -> Tensor:
-    """bool [Hkv, Sb]: key blocks that some query block of some query head of the key head lists."""
-    lists = layout.blocks
-    rows = lists.rows // layout.heads
-    ends = lists.offsets[::rows]
+def _needed(
+    layout: SparseLayout, lists: IndexList, width: int, num_kv_heads: int, divisor: int = 1
+) -> Tensor:
+    """bool [layout.batch, Hkv, width]: what some row of some query head of the key head lists, its numbers
+    divided by `divisor`."""
+    heads = layout.batch * layout.heads
+    ends = lists.offsets[:: lists.rows // heads]
     counts = ends[1:] - ends[:-1]
-    head = torch.arange(layout.heads, device=counts.device).repeat_interleave(counts)
-    found = torch.zeros(layout.heads, layout.num_key_blocks, dtype=torch.bool, device=counts.device)
-    found[head, lists.indices[: head.numel()].long()] = True
+    head = torch.arange(heads, device=counts.device).repeat_interleave(counts)
+    number = torch.div(lists.indices[: head.numel()].long(), divisor, rounding_mode="floor")
+    found = torch.zeros(heads, width, dtype=torch.bool, device=counts.device)
+    found[head, number] = True
     if layout.heads == 1:
-        return found.expand(num_kv_heads, -1)
-    return found.view(num_kv_heads, -1, layout.num_key_blocks).any(1)
+        return found.view(layout.batch, 1, width).expand(-1, num_kv_heads, -1)
+    return found.view(layout.batch, num_kv_heads, -1, width).any(2)
 
 
 def gather_pages(
-    caches: tuple[Tensor, Tensor], table: Tensor, num_keys: int, needed: Tensor | None = None
+    caches: tuple[Tensor, Tensor],
+    pages: Tensor,
+    needed: tuple[Tensor, Tensor, Tensor] | None = None,
+    heads: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Keys [S, Hkv, D] and values [S, Hkv, Dv] of one sequence.
+    """Keys [B, Hkv, P * page_size, D] and values [B, Hkv, P * page_size, Dv] of B rows of pages.
 
     Args:
-        caches: keys and values, [num_pages, page_size, Hkv, D or Dv].
-        table: [at least P], the sequence's pages.
-        num_keys: S.
-        needed: bool [Hkv, P]; pages that a head does not need are not read and come out as 0. Default: all.
+        caches: keys and values, [num_pages, page_size, heads, D or Dv].
+        pages: int64 [B, P].
+        needed: batch, key head and column of the pages to read, int64 [needed] each; the others are not read,
+            and what stands in their place is undefined. Default: all.
+        heads: the key heads to read, of those in the caches; default: all.
     """
-    page_size = caches[0].shape[1]
-    pages = table[: -(-num_keys // page_size)].long()
-    if needed is not None and needed.all():
-        needed = None
-    if needed is None:
-        k, v = (x.index_select(0, pages).flatten(0, 1)[:num_keys] for x in caches)
-        return k, v
-    head, page = needed.nonzero(as_tuple=True)
+    B, P = pages.shape
     parts = []
     for cache in caches:
-        own = cache.new_zeros(cache.shape[2], len(pages), page_size, cache.shape[3])
-        own[head, page] = cache[pages[page], :, head]
-        parts.append(own.flatten(1, 2)[:, :num_keys].transpose(0, 1))
+        page_size, num_heads, dim = cache.shape[1:]
+        if needed is None and heads is None:
+            own = cache.index_select(0, pages.flatten())  # tokens before heads, as most caches have them
+            parts.append(own.view(B, P * page_size, num_heads, dim).transpose(1, 2))
+            continue
+        chosen = torch.arange(num_heads) if heads is None else torch.tensor(heads)
+        chosen = chosen.to(pages.device, non_blocking=True)
+        if needed is None:
+            own = cache[pages[:, None], :, chosen[:, None]]
+        else:
+            batch, head, page = needed
+            own = cache.new_empty(B, len(chosen), P, page_size, dim)
+            own[batch, head, page] = cache[pages[batch, page], :, chosen[head]]
+        parts.append(own.flatten(2, 3))
     return parts[0], parts[1]

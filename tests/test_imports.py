@@ -150,7 +150,7 @@ FLOORS = (
     ("checks", "ops", "attend"),
     ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
-    ("functional", "varlen", "varlen_checks", "varlen_pages"),
+    ("functional", "varlen", "varlen_batch", "varlen_checks", "varlen_join", "varlen_pages"),
     ("recipe_check", "recipe_files", "recipe_model", "recipe_plan", "recipe_run"),
     ("recipe", "recipe_command", "search", "integrations", "info", "bench", "demo"),
     ("cli",),

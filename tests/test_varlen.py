@@ -23,9 +23,9 @@ from sparse_attn import (
 from sparse_attn.engines import ENGINES
 from sparse_attn.methods import METHODS, Context
 from sparse_attn.methods.anchor import AnchorConfig
+from sparse_attn.methods.blasst import full_layout
 from sparse_attn.methods.s2 import S2Config, s2_layout
 from sparse_attn.testing import assert_close, kept_mask, masked_attention, orders
-from sparse_attn.varlen import _dense_layout
 from sparse_attn.varlen_pages import needed_pages
 
 # Ragged on purpose: no queries, no keys, decoding, a whole prompt, a chunk over a longer cache, and more
@@ -339,18 +339,18 @@ def test_nothing_to_attend_still_has_gradients(lens):
     assert (tensors[0].grad == 0).all()
 
 
-@pytest.mark.parametrize("S", [1, 127, 128, 129, 300])
-def test_decoding_takes_the_bounds_of_the_full_layout(S, engine):
-    query, key, value = packed((1,), (S,))
-    layout, full = _dense_layout(1, S, query.device), SparseLayout.full(1, S).check()
+@pytest.mark.parametrize(("L", "S"), [(1, 1), (1, 127), (1, 128), (1, 129), (1, 300), (3, 130), (5, 5)])
+def test_decoding_takes_the_bounds_of_the_full_layout(L, S, engine):
+    query, key, value = packed((L,), (S,))
+    layout, full = full_layout(L, S, 128, 128, query.device), SparseLayout.full(L, S).check()
     for is_causal in (False, True):
         assert torch.equal(layout.block_bounds(is_causal), full.block_bounds(is_causal))
         out, lse = sparse_attention_varlen(
-            query, key, value, cu_seqlens_q=[0, 1], cu_seqlens_k=[0, S], is_causal=is_causal, enable_gqa=True,
+            query, key, value, cu_seqlens_q=[0, L], cu_seqlens_k=[0, S], is_causal=is_causal, enable_gqa=True,
             return_lse=True, engine=engine,
         )  # fmt: skip
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        check_sequence(out, lse, q, k, v, None)
+        check_sequence(out, lse, q, k, v, causal_mask(L, S) if is_causal else None)
 
 
 @pytest.mark.plain_empty
@@ -477,7 +477,7 @@ def test_pages_that_no_query_head_needs_are_not_read(kind, name):
         seen = seen.expand(HKV, -1) if layout.heads == 1 else seen.view(HKV, -1, S).any(1)
         num_pages = math.ceil(S / PAGE)
         expected = torch.nn.functional.pad(seen, (0, num_pages * PAGE - S)).view(HKV, -1, PAGE).any(-1)
-        assert torch.equal(needed_pages(layout, HKV, PAGE), expected)
+        assert torch.equal(needed_pages(layout, HKV, PAGE)[0], expected)
         for head, page in (~expected).nonzero().tolist():
             k_cache[table[n, page], :, head] = v_cache[table[n, page], :, head] = torch.nan
             unread += 1

@@ -46,7 +46,8 @@ class Method:
         op: the public operator.
         causal: whether the method is made for causal attention.
         causal_only: it refuses any other.
-        by_shape: `select` reads nothing of query and key but their shapes and device.
+        by_shape: `select` reads nothing of query and key but their shapes and device, and nothing of the
+            context but `head_offset`.
         finish: optional (out, value, config) -> out, run after attention.
         options: names of the config's arguments. causal_default: whether `op` is causal unasked. Both are
             read off here, once, since a compiled graph cannot ask for signatures.

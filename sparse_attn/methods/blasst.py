@@ -162,7 +162,21 @@ def full_layout(L: int, S: int, block_m: int, block_n: int, device: torch.device
     if torch.compiler.is_compiling() or capturing:
         # What is made here belongs to the graph (traced tensors; memory that only a replay fills).
         return SparseLayout.full(L, S, block_m=block_m, block_n=block_n, device=device)
+    if min(block_m, S) >= L:
+        return _remembered_row(L, S, block_m, block_n, device)
     return _remembered_full_layout(L, S, block_m, block_n, device)
+
+
+@lru_cache(maxsize=1024)
+def _remembered_row(L: int, S: int, block_m: int, block_n: int, device: torch.device) -> SparseLayout:
+    """One query block, as in decoding, where each of many sequences has its own length. Its bounds need not
+    be searched for: the last query sees all blocks, and those are whole that end where the first one sees."""
+    with torch.inference_mode(False):
+        layout = SparseLayout.full(L, S, block_m=block_m, block_n=block_n, device=device)
+        for is_causal, seen in ((False, S), (True, S - L + 1)):
+            bounds = torch.tensor([[seen // block_n, layout.num_key_blocks]], dtype=torch.int32)
+            layout._cache["block_bounds", is_causal] = bounds.to(device, non_blocking=True)
+    return layout
 
 
 @lru_cache(maxsize=16)
@@ -265,4 +279,4 @@ def _stats(kept: Tensor | None, layout: SparseLayout, is_causal: bool) -> Blasst
     return BlasstStats(kept.sum((-1, -2), dtype=torch.int64), visited.expand(batch, heads).contiguous())
 
 
-BLASST = Method("blasst", BlasstConfig, select, blasst_attention, causal=True)
+BLASST = Method("blasst", BlasstConfig, select, blasst_attention, causal=True, by_shape=True)
