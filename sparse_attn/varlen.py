@@ -194,6 +194,30 @@ def sparse_attention_paged(
         ... )
     """
     op = "sparse_attention_paged"
+    call = check_paged(
+        op, query, k_cache, v_cache, cu_seqlens_q, block_table, seqused_k, enable_gqa, scale, trust_table
+    )
+    each = Each(
+        op, len(call.q_lens), method, config, layout, sparse_if, context, is_causal, scale, enable_gqa,
+        engine, method_config,
+    )  # fmt: skip
+    out, lse = attend_paged(each, call)
+    return (out, lse) if return_lse else out
+
+
+def check_paged(
+    op: str,
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Lengths,
+    block_table: Tensor,
+    seqused_k: Lengths,
+    enable_gqa: bool,
+    scale: float | None,
+    trust_table: bool,
+) -> PagedCall:
+    """The checked call of `op`; arguments as `sparse_attention_paged`."""
     check_tensors(op, 3, "(tokens, heads, head_dim)", query=query)
     check_tensors(op, 4, "(num_pages, page_size, heads, head_dim)", k_cache=k_cache, v_cache=v_cache)
     if k_cache.shape[:2] != v_cache.shape[:2]:
@@ -208,15 +232,9 @@ def sparse_attention_paged(
             f"{op}: an input requires grad, but pages have no backward; call it under torch.no_grad(), "
             "or train with sparse_attention_varlen."
         )
-    query = autocast(query, k, v)[0]  # the cache stays as it is: `attend` casts each sequence's pages
-    q_lens, used = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k, trust_table)
-    each = Each(
-        op, len(q_lens), method, config, layout, sparse_if, context, is_causal, scale, enable_gqa, engine,
-        method_config,
-    )  # fmt: skip
-    call = PagedCall(query, (k_cache, v_cache), block_table, q_lens, used)
-    out, lse = attend_paged(each, call)
-    return (out, lse) if return_lse else out
+    query = autocast(query, k, v)[0]  # the cache stays as it is: `attend` casts the pages that it is given
+    lengths = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k, trust_table)
+    return PagedCall(query, (k_cache, v_cache), block_table, *lengths)
 
 
 # -- one sequence after the other -----------------------------------------------------------------

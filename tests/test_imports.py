@@ -151,7 +151,7 @@ FLOORS = (
     ("testing", "testing_inputs", "testing_data", "scoring", "reuse"),
     ("methods",),
     ("functional", "varlen", "varlen_batch", "varlen_checks", "varlen_join", "varlen_pages"),
-    ("recipe_check", "recipe_files", "recipe_model", "recipe_plan", "recipe_run"),
+    ("recipe_check", "recipe_files", "recipe_model", "recipe_paged", "recipe_plan", "recipe_run"),
     ("recipe", "recipe_command", "search", "integrations", "info", "bench", "demo"),
     ("cli",),
 )

@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_attn.integrations.settings import DENSE, describe
 from sparse_attn.methods import METHODS, Context, Method
-from sparse_attn.recipe import LayerPlan, Recipe, run_layer
+from sparse_attn.recipe import LayerPlan, Recipe
+from sparse_attn.recipe_paged import run_layer_paged
 from sparse_attn.varlen import sparse_attention_paged
 
 ENV = "SPARSE_ATTN_VLLM_CONFIG"
@@ -66,29 +66,20 @@ class Rule:
         engine: str | None,
     ) -> Tensor:
         """Causal attention of packed sequences over pages; arguments and result as
-        `sparse_attention_paged`."""
-        if self.method is not None:
-            out = sparse_attention_paged(
-                query, k_cache, v_cache, cu_seqlens_q=cu_seqlens_q, block_table=block_table,
-                seqused_k=seqused_k, method=self.method, config=_of_all_ranks(self.config, heads),
-                context=_context(layer, heads.offset), is_causal=True, scale=scale, enable_gqa=True,
-                engine=engine,
-            )  # fmt: skip
-            assert isinstance(out, Tensor)
-            return out
-        assert self.plan is not None
-        outs, page = [], k_cache.shape[1]
-        for n, S in enumerate(seqused_k):
-            q = query[cu_seqlens_q[n] : cu_seqlens_q[n + 1]]
-            chosen = block_table[n, : -(-S // page)]
-            k, v = (x.index_select(0, chosen).flatten(0, 1)[:S] for x in (k_cache, v_cache))
-            own = run_layer(
-                self.plan, *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=scale,
-                engine=engine, head_offset=heads.offset,
-            )  # fmt: skip
-            assert isinstance(own, Tensor)
-            outs.append(own[0].transpose(0, 1))
-        return torch.cat(outs)
+        `sparse_attention_paged`. The block table is vLLM's, and not checked."""
+        pages: dict[str, Any] = {
+            "cu_seqlens_q": cu_seqlens_q, "block_table": block_table, "seqused_k": seqused_k,
+            "is_causal": True, "scale": scale, "engine": engine, "trust_table": True,
+        }  # fmt: skip
+        if self.plan is not None:
+            return run_layer_paged(self.plan, query, k_cache, v_cache, head_offset=heads.offset, **pages)
+        assert self.method is not None
+        out = sparse_attention_paged(
+            query, k_cache, v_cache, method=self.method, config=_of_all_ranks(self.config, heads),
+            context=_context(layer, heads.offset), enable_gqa=True, **pages,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
 
 
 @cache
