@@ -40,10 +40,12 @@ GPU_DEVICE = Path("/dev/nvidiactl")  # there where the NVIDIA driver is
 
 # The kernels are compiled once for each of these and chosen at run time, so that one binary runs on any
 # machine of its architecture. -ffp-contract: a * b + c becomes one fused instruction.
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _X86_SETS = {
     "baseline": ["-march=x86-64"],
     "avx2": ["-march=x86-64", "-mavx2", "-mfma"],
-    "avx512": ["-march=x86-64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    "avx512": ["-march=x86-64", "-mavx2", "-mfma", *_AVX512],
+    "amx": ["-march=x86-64", "-mavx2", "-mfma", *_AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 _CPP_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wextra", "-fvisibility=hidden"]
 _KERNEL_FLAGS = [

@@ -16,7 +16,7 @@ from sparse_attn.methods.anchor_sampled import Sampling
 pytestmark = pytest.mark.skipif(bool(CpuEngine().why_off()), reason="the CPU library is not built")
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def isa(request, monkeypatch):
     """Each instruction set of this machine."""
     monkeypatch.setenv("SPARSE_ATTN_CPU_ISA", request.param)

@@ -352,7 +352,8 @@ def test_a_layout_used_in_inference_mode_serves_training_later():
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = sparse_attention(*inputs, layout, is_causal=True, enable_gqa=True)
     out.sum().backward()
-    assert torch.equal(first, out) and q.grad is not None
+    torch.testing.assert_close(first, out)  # a forward without gradients may add in another order
+    assert q.grad is not None
 
 
 def test_vmap_over_the_operator():

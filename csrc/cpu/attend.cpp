@@ -41,8 +41,8 @@ std::vector<QueryTask> query_tasks(const Call& call, int64_t from, int64_t to, i
   return tasks;
 }
 
-// Which key blocks of a head some query block reads, by block or by column.
-std::vector<char> used_key_blocks(const Call& call, int64_t b, int64_t hkv) {
+// Which key blocks of a head some query block reads, by block or (where `columns` is set) by column.
+std::vector<char> used_key_blocks(const Call& call, int64_t b, int64_t hkv, bool columns) {
   std::vector<char> used(call.Sb, 0);
   int64_t before = -1;
   for (int64_t g = 0; g < call.gqa_group; ++g) {
@@ -52,6 +52,7 @@ std::vector<char> used_key_blocks(const Call& call, int64_t b, int64_t hkv) {
     for (int64_t block = 0; block < call.Lb; ++block) {
       KeyList keys = call.keys(b, hq, block);
       for (int64_t t = 0; t < keys.num_blocks; ++t) used[keys.blocks[t]] = 1;
+      if (!columns) continue;
       for (int64_t t = 0; t < keys.num_columns; ++t) used[keys.columns[t] / call.shape.block_n] = 1;
     }
   }
@@ -64,7 +65,7 @@ void pack_keys(const Call& call, const PackedHeads& k, const PackedHeads& v, int
   if (!k.packs() && !v.packs()) return;
   std::vector<std::vector<char>> used;
   for (int64_t head = from; head < to; ++head) {
-    used.push_back(used_key_blocks(call, head / call.Hkv, head % call.Hkv));
+    used.push_back(used_key_blocks(call, head / call.Hkv, head % call.Hkv, true));
   }
   for_tasks((to - from) * call.Sb, num_threads, [&](int64_t, int64_t task) {
     int64_t slot = task / call.Sb, block = task % call.Sb, head = from + slot;
@@ -76,50 +77,156 @@ void pack_keys(const Call& call, const PackedHeads& k, const PackedHeads& v, int
   });
 }
 
+// The forward of a call. Where the kernels pack keys in groups, a head's tasks read those; rows are packed
+// for what is left: heads with few queries, and values that groups cannot hold.
+struct ForwardRun {
+  const Call& call;
+  const Heads& result;
+  float* lse;           // [B, Hq, L]
+  uint8_t* kept;        // [B, Hq, Lb, Sb] or null
+  const float* limits;  // [B * Hq] or null
+  bool for_gradients;   // the backward's scores are those of rows, and lse must be theirs to the last bit
+  int64_t num_threads, part, at_once = 0, scratch_floats = 0;
+  std::unique_ptr<Buffer> scratch, groups;
+  std::unique_ptr<PackedHeads> packed_k, packed_v;
+
+  void run() {
+    const Shape& shape = call.shape;
+    int64_t num_heads = call.B * call.Hkv, tasks_per_head = call.gqa_group * ceil_div(shape.L, part);
+    int64_t bytes = has_groups() ? 2 * head_items()
+                                 : PackedHeads::head_bytes(call.k) + PackedHeads::head_bytes(call.v);
+    at_once = heads_at_once(num_heads, tasks_per_head, bytes, num_threads);
+    scratch_floats = call.kernels.forward_scratch(shape, part, limits != nullptr);
+    if (has_groups()) scratch_floats = std::max(scratch_floats, call.kernels.group_scratch(shape));
+    scratch_floats = round_up(scratch_floats);
+    scratch = std::make_unique<Buffer>(num_threads * scratch_floats);
+    for (int64_t from = 0; from < num_heads; from += at_once) {
+      run_heads(from, std::min(from + at_once, num_heads));
+    }
+  }
+
+  void run_heads(int64_t from, int64_t to) {
+    std::vector<QueryTask> tasks = query_tasks(call, from, to, part);
+    if (has_groups()) {
+      std::vector<char> packed = pack_groups(from, to, tasks), done(tasks.size(), 0);
+      for_tasks(tasks.size(), num_threads, [&](int64_t worker, int64_t number) {
+        if (packed[tasks[number].head]) done[number] = attend(tasks[number], worker, true);
+      });
+      size_t left = 0;
+      for (size_t i = 0; i < tasks.size(); ++i) {
+        if (!done[i]) tasks[left++] = tasks[i];
+      }
+      tasks.resize(left);
+      if (tasks.empty()) return;
+    }
+    if (!packed_k) {
+      packed_k = std::make_unique<PackedHeads>(call.k, at_once);
+      packed_v = std::make_unique<PackedHeads>(call.v, at_once);
+    }
+    pack_keys(call, *packed_k, *packed_v, from, to, num_threads);
+    for_tasks(tasks.size(), num_threads,
+              [&](int64_t worker, int64_t number) { attend(tasks[number], worker, false); });
+  }
+
+  bool attend(const QueryTask& t, int64_t worker, bool from_groups) const {
+    int64_t hkv = t.hq / call.gqa_group, head = t.b * call.Hq + t.hq;
+    ForwardTask task{};
+    task.q = call.q.raw(t.b, t.hq);
+    if (from_groups) {
+      task.groups = head_groups(t.head);
+      task.raw_k = call.k.raw(t.b, hkv), task.raw_v = call.v.raw(t.b, hkv);
+    } else {
+      task.k = packed_k->rows(t.b, hkv, t.head);
+      task.v = packed_v->rows(t.b, hkv, t.head);
+    }
+    task.first_query = t.first_query, task.num_queries = t.num_queries;
+    task.keys = call.keys(t.b, t.hq, t.block);
+    task.has_skip = limits != nullptr;
+    task.skip_below = limits ? limits[head] : 0.f;
+    task.out = result.head(t.b, t.hq), task.out_stride = result.stride_row;
+    task.lse = lse + head * call.shape.L;
+    task.kept = kept ? kept + (head * call.Lb + t.block) * call.Sb : nullptr;
+    task.scratch = scratch->data() + worker * scratch_floats;
+    return call.kernels.forward(call.shape, task);
+  }
+
+  // -- groups
+
+  bool has_groups() const { return call.kernels.group_keys > 0 && !for_gradients; }
+  int64_t groups_per_head() const { return ceil_div(call.shape.S, call.kernels.group_keys); }
+  int64_t head_items() const { return groups_per_head() * call.kernels.group_items(call.shape); }
+  uint16_t* head_groups(int64_t slot) const {
+    return reinterpret_cast<uint16_t*>(groups->data()) + slot * head_items();
+  }
+
+  // Packs the keys of heads from .. to-1 that are read often enough. Returns which heads can be used.
+  std::vector<char> pack_groups(int64_t from, int64_t to, const std::vector<QueryTask>& tasks) {
+    if (!groups) groups = std::make_unique<Buffer>(at_once * head_items() / 2);
+    int64_t count = groups_per_head(), heads = to - from;
+    std::vector<std::vector<char>> used;
+    for (int64_t head = from; head < to; ++head) used.push_back(used_groups(head));
+    std::vector<char> packed = often_read(used, tasks);
+    std::vector<char> failed(heads * count, 0);
+    for_tasks(heads * count, num_threads, [&](int64_t worker, int64_t task) {
+      int64_t slot = task / count, group = task % count, head = from + slot;
+      if (!packed[slot] || !used[slot][group]) return;
+      int64_t b = head / call.Hkv, hkv = head % call.Hkv;
+      uint16_t* target = head_groups(slot) + group * call.kernels.group_items(call.shape);
+      float* own = scratch->data() + worker * scratch_floats;
+      failed[task] =
+          !call.kernels.pack_group(call.shape, call.k.raw(b, hkv), call.v.raw(b, hkv), group, own, target);
+    });
+    for (int64_t i = 0; i < heads * count; ++i) {
+      if (failed[i]) packed[i / count] = 0;
+    }
+    return packed;
+  }
+
+  std::vector<char> used_groups(int64_t head) const {
+    std::vector<char> used(groups_per_head(), 0);
+    std::vector<char> blocks = used_key_blocks(call, head / call.Hkv, head % call.Hkv, false);
+    for (int64_t block = 0; block < call.Sb; ++block) {
+      if (!blocks[block]) continue;
+      int64_t first = block * call.shape.block_n, end = std::min(first + call.shape.block_n, call.shape.S);
+      int64_t group_keys = call.kernels.group_keys;
+      std::fill(used.begin() + first / group_keys, used.begin() + ceil_div(end, group_keys), 1);
+    }
+    return used;
+  }
+
+  // Packing a key costs about what some 30 lanes of its products save.
+  std::vector<char> often_read(const std::vector<std::vector<char>>& used,
+                               const std::vector<QueryTask>& tasks) const {
+    constexpr int64_t kLanesAKey = 64;
+    std::vector<int64_t> gain(used.size(), 0);
+    for (const QueryTask& t : tasks) {
+      int64_t lanes = ceil_div(t.num_queries, call.kernels.lanes) * call.kernels.lanes;
+      gain[t.head] += std::min(t.work / t.num_queries, call.shape.S) * lanes;
+    }
+    std::vector<char> often;
+    for (size_t slot = 0; slot < used.size(); ++slot) {
+      int64_t keys = std::count(used[slot].begin(), used[slot].end(), 1) * call.kernels.group_keys;
+      often.push_back(gain[slot] >= kLanesAKey * keys);
+    }
+    return often;
+  }
+};
+
 void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& offsets,
                 const Tensor& indices, const Tensor& bounds, const MaybeTensor& column_offsets,
                 const MaybeTensor& column_indices, const MaybeTensor& column_bounds,
                 const MaybeTensor& skip_below, int64_t batch, int64_t heads, int64_t block_m, int64_t block_n,
                 int64_t column_group, bool is_causal, double scale, const Tensor& out, const Tensor& lse,
-                const MaybeTensor& kept) {
+                const MaybeTensor& kept, bool for_gradients) {
   Call call = make_call(q, k, v, offsets, indices, bounds, column_offsets, column_indices, column_bounds,
                         batch, heads, block_m, block_n, column_group, is_causal, scale);
   const Heads result(out);
-  float* lse_base = static_cast<float*>(lse.data_ptr());
-  uint8_t* kept_base = kept ? static_cast<uint8_t*>(kept->data_ptr()) : nullptr;
-  const float* limits = skip_below ? skip_below->const_data_ptr<float>() : nullptr;
-
-  int64_t num_threads = torch::stable::get_num_threads(), num_heads = call.B * call.Hkv;
-  int64_t part = limits ? block_m : std::min(block_m, kTile);
-  int64_t tasks_per_head = call.gqa_group * ceil_div(call.shape.L, part);
-  int64_t bytes = PackedHeads::head_bytes(call.k) + PackedHeads::head_bytes(call.v);
-  int64_t at_once = heads_at_once(num_heads, tasks_per_head, bytes, num_threads);
-  PackedHeads packed_k(call.k, at_once), packed_v(call.v, at_once);
-  int64_t scratch_floats = round_up(call.kernels.forward_scratch(call.shape, part, limits != nullptr));
-  Buffer scratch(num_threads * scratch_floats);
-
-  for (int64_t from = 0; from < num_heads; from += at_once) {
-    int64_t to = std::min(from + at_once, num_heads);
-    pack_keys(call, packed_k, packed_v, from, to, num_threads);
-    std::vector<QueryTask> tasks = query_tasks(call, from, to, part);
-    for_tasks(tasks.size(), num_threads, [&](int64_t worker, int64_t number) {
-      const QueryTask& t = tasks[number];
-      int64_t hkv = t.hq / call.gqa_group, head = t.b * call.Hq + t.hq;
-      ForwardTask task{};
-      task.q = call.q.raw(t.b, t.hq);
-      task.k = packed_k.rows(t.b, hkv, t.head);
-      task.v = packed_v.rows(t.b, hkv, t.head);
-      task.first_query = t.first_query, task.num_queries = t.num_queries;
-      task.keys = call.keys(t.b, t.hq, t.block);
-      task.has_skip = limits != nullptr;
-      task.skip_below = limits ? limits[head] : 0.f;
-      task.out = result.head(t.b, t.hq), task.out_stride = result.stride_row;
-      task.lse = lse_base + head * call.shape.L;
-      task.kept = kept_base ? kept_base + (head * call.Lb + t.block) * call.Sb : nullptr;
-      task.scratch = scratch.data() + worker * scratch_floats;
-      call.kernels.forward(call.shape, task);
-    });
-  }
+  ForwardRun run{call, result, static_cast<float*>(lse.data_ptr()),
+                 kept ? static_cast<uint8_t*>(kept->data_ptr()) : nullptr,
+                 skip_below ? skip_below->const_data_ptr<float>() : nullptr, for_gradients,
+                 static_cast<int64_t>(torch::stable::get_num_threads()),
+                 skip_below ? block_m : std::min(block_m, kTile)};
+  run.run();
 }
 
 // -- backward --------------------------------------------------------------------------------------------------
@@ -334,7 +441,7 @@ STABLE_TORCH_LIBRARY(sparse_attn_cpu, m) {
       "attend_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor bounds, "
       "Tensor? column_offsets, Tensor? column_indices, Tensor? column_bounds, Tensor? skip_below, "
       "int batch, int heads, int block_m, int block_n, int column_group, bool is_causal, float scale, "
-      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? kept) -> ()");
+      "Tensor(a!) out, Tensor(b!) lse, Tensor(c!)? kept, bool for_gradients) -> ()");
   m.def(
       "attend_bwd(Tensor lse, Tensor delta, Tensor? kept, Tensor grad_out, Tensor q, Tensor k, Tensor v, "
       "Tensor offsets, Tensor indices, Tensor bounds, Tensor? column_offsets, Tensor? column_indices, "

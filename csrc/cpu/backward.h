@@ -41,12 +41,12 @@ struct BackwardQuery {
       if (task.kept && !task.kept[block]) continue;
       int64_t end = min64((block + 1) * shape.block_n, shape.S);
       for (int64_t first = block * shape.block_n; first < end; first += kChunk) {
-        add_run(key_run(task.k, task.v, nullptr, first, min64(kChunk, end - first)));
+        add_run({nullptr, first, min64(kChunk, end - first)});
       }
     }
     for (int64_t t = 0; t < task.keys.num_columns; t += kChunk) {
       int64_t count = min64(kChunk, task.keys.num_columns - t);
-      add_run(key_run(task.k, task.v, task.keys.columns + t, 0, count));
+      add_run({task.keys.columns + t, 0, count});
     }
     for (int64_t i = 0; i < panels; ++i) finish(i);
   }
@@ -59,8 +59,8 @@ struct BackwardQuery {
       int64_t seen = shape.is_causal ? seen_by(run, limit + lanes - 1) : run.count;
       if (seen == 0) continue;
       Vec unused[2] = {};
-      rows_dot_panel(run.k, seen, shape.D, q + i * shape.D * kPanel, p, unused, ahead);
-      rows_dot_panel(run.v, seen, shape.Dv, grad_out + i * shape.Dv * kPanel, dp, unused, ahead);
+      rows_dot_panel(run.of(task.k), seen, shape.D, q + i * shape.D * kPanel, p, unused, ahead);
+      rows_dot_panel(run.of(task.v), seen, shape.Dv, grad_out + i * shape.Dv * kPanel, dp, unused, ahead);
       Vec lse[2], delta[2];
       load_lanes(task.lse + first, lanes, kInf, lse);
       load_lanes(task.delta + first, lanes, 0.f, delta);
@@ -73,7 +73,7 @@ struct BackwardQuery {
                        dp + j * kPanel + kLanes);
       }
       const Vec keep[2] = {splat(1.f), splat(1.f)};
-      add_rows_panel(run.k, seen, shape.D, dp, keep, dq + i * shape.D * kPanel, ahead);
+      add_rows_panel(run.of(task.k), seen, shape.D, dp, keep, dq + i * shape.D * kPanel, ahead);
     }
   }
 

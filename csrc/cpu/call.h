@@ -5,6 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -28,6 +33,18 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // -- instruction sets ------------------------------------------------------------------------------------
 
+// Whether the processor has AMX tiles for bfloat16, and the system lets this process use them (Linux asks
+// for that once: the tiles make the state that it saves larger).
+inline bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 // Widest first, only those that this machine runs.
 inline std::vector<const Kernels*> runnable_kernels() {
   std::vector<const Kernels*> sets;
@@ -36,6 +53,7 @@ inline std::vector<const Kernels*> runnable_kernels() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && has_tiles()) sets.push_back(&kernels_amx);
   if (avx2 && avx512) sets.push_back(&kernels_avx512);
   if (avx2) sets.push_back(&kernels_avx2);
 #endif

@@ -49,6 +49,8 @@ struct ForwardTask {
   Rows k, v;
   int64_t first_query, num_queries;
   KeyList keys;
+  const uint16_t* groups;  // the head's keys and values as packed by pack_group; null: k and v are read
+  RawRows raw_k, raw_v;    // beside them: where columns are gathered from
   bool has_skip;
   float skip_below;  // natural log of lambda
   void* out;         // [L][Dv] of the head
@@ -148,11 +150,18 @@ struct ListTask {
 // The entry points of one instruction set.
 struct Kernels {
   const char* name;
-  int lanes;  // queries (or keys) that a panel holds
+  int lanes;       // queries (or keys) that a panel holds
+  int group_keys;  // keys that pack_group packs for `forward`; 0: it packs none
+  int64_t (*group_items)(const Shape&);   // 16-bit elements of a packed group
+  int64_t (*group_scratch)(const Shape&);  // floats
+  // Packs the keys and values of a group; false where one of them cannot be packed exactly.
+  bool (*pack_group)(const Shape&, const RawRows& k, const RawRows& v, int64_t group, float* scratch,
+                     uint16_t* target);
   // Copies `count` rows of `width` elements into float32 rows.
   void (*pack)(const RawRows& source, int64_t first, int64_t count, int width, float* target, int64_t stride);
   int64_t (*forward_scratch)(const Shape&, int64_t num_queries, bool has_skip);  // floats
-  void (*forward)(const Shape&, const ForwardTask&);
+  // False, and nothing written, where groups are given and the queries cannot be packed exactly.
+  bool (*forward)(const Shape&, const ForwardTask&);
   int64_t (*backward_scratch)(const Shape&, int64_t lanes);
   void (*backward_query)(const Shape&, const BackwardQueryTask&);
   void (*backward_key)(const Shape&, const BackwardKeyTask&);
@@ -166,6 +175,7 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 #endif
 
 }  // namespace sparse_attn

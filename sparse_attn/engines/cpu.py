@@ -14,8 +14,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class CpuEngine:
     """Vectorised, threaded attention over block and column lists, forward and backward.
 
-    All arithmetic is float32 whatever the inputs' dtype; the result does not depend on the number of
-    threads. Environment: SPARSE_ATTN_CPU_ISA=baseline|avx2|avx512 forces an instruction set.
+    All arithmetic is float32 or as exact, whatever the inputs' dtype; the result does not depend on the
+    number of threads. Environment: SPARSE_ATTN_CPU_ISA=baseline|avx2|avx512|amx forces an instruction set.
     """
 
     name = "cpu"
@@ -33,7 +33,7 @@ class CpuEngine:
         return reasons
 
     def instruction_set(self) -> str:
-        """The instruction set in use: "avx512", "avx2" or "baseline"; "" where the engine is off.
+        """The instruction set in use: "amx", "avx512", "avx2" or "baseline"; "" where the engine is off.
 
         Raises:
             ValueError: SPARSE_ATTN_CPU_ISA names a set that this machine does not run.
@@ -50,7 +50,9 @@ class CpuEngine:
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
         kept = torch.zeros(call.kept_shape, dtype=torch.uint8) if call.want_kept else None
         limits = None if call.skip_below is None else call.skip_below.contiguous()
-        run_operator("attend_fwd", *_inputs(call), limits, *_shape(call), out, lse, kept)
+        run_operator(
+            "attend_fwd", *_inputs(call), limits, *_shape(call), out, lse, kept, call.needs_grad
+        )  # fmt: skip
         return out, lse, kept
 
     def backward(
