@@ -52,5 +52,12 @@ def nan_filled_outputs(request, monkeypatch):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def on_vectors(monkeypatch):
+    """The CPU engine without AMX tiles, where sums do not depend on where in a tensor queries and keys lie,
+    nor on their number: for tests of equal bits."""
+    monkeypatch.setenv("SPARSE_ATTN_CPU_ISA", "baseline")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "plain_empty: leave torch.empty uninitialised (torch.compile tests)")

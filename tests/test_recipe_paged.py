@@ -60,7 +60,7 @@ class Batch:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list:
+def calls(monkeypatch, on_vectors) -> list:
     """The calls of the CPU engine."""
     if reasons := ENGINES["cpu"].why_off():
         pytest.skip("; ".join(reasons))

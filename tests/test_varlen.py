@@ -405,7 +405,7 @@ def paged(kind, key, value, k_lens, spare=3, seed=0):
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 @pytest.mark.parametrize("method", [None, *METHOD_CONFIGS])
-def test_pages_give_what_packed_keys_give(kind, method):
+def test_pages_give_what_packed_keys_give(kind, method, on_vectors):
     """Decoding, chunks over a prefix and a whole prompt in one call; what lies past a sequence's end, in
     pages of nobody and in unused entries of the table is never read."""
     query, key, value = packed()
@@ -467,7 +467,7 @@ UNREAD = 3e30  # not nan, which what was never written holds too
 @pytest.mark.filterwarnings("ignore:s2_attention. no head reads")
 @pytest.mark.parametrize("name", S2_CONFIGS)
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_pages_that_no_query_head_needs_are_not_read(kind, name, engine, monkeypatch):
+def test_pages_that_no_query_head_needs_are_not_read(kind, name, engine, on_vectors, monkeypatch):
     """Of each key head: what such pages hold is in no key or value that an engine is given, be it of one
     sequence (the reference engine) or of several (the CPU engine)."""
     q_lens, k_lens, config = (1, 40, 1), (500, 300, 259), S2_CONFIGS[name]

@@ -36,7 +36,7 @@ def together(monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list:
+def calls(monkeypatch, on_vectors) -> list:
     """The calls of the CPU engine."""
     if reasons := ENGINES["cpu"].why_off():
         pytest.skip("; ".join(reasons))
@@ -95,6 +95,15 @@ def test_mixed_batches_give_the_bits_of_calls_of_their_own(kind, page, calls, to
     lengths = [*DECODING, *PROMPTS, *ODD, *DRAFTS]
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(page)).tolist()
     Batch([lengths[n] for n in order], page).check(**KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", ["dense", "blasst", "s2"])
+def test_any_instruction_set(kind, calls, together, monkeypatch):
+    """Sums on AMX tiles may come in another order."""
+    monkeypatch.delenv("SPARSE_ATTN_CPU_ISA")
+    batch = Batch([*DECODING, *DRAFTS, *PROMPTS])
+    for got, own in zip(batch.paged(**KINDS[kind]), batch.apart(**KINDS[kind]), strict=True):
+        torch.testing.assert_close(got, own, atol=4e-6, rtol=0)
 
 
 def test_bf16(calls, together):
