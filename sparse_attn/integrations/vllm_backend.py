@@ -57,7 +57,7 @@ class Segment:
     """Neighbouring sequences of a batch that run alike.
 
     Attributes:
-        kind: "prefill", "decode" or "dense".
+        kind: "prefill", "decode" or "dense". Decoding by the rules of prefill is "prefill" too.
         first, last: tokens first .. last - 1 of the batch.
         cu_seqlens_q: where each sequence begins, from the segment's first token.
         seqused_k: keys of each sequence, or None where only vLLM's kernels will read the segment.
@@ -116,12 +116,12 @@ class SparseAttnMetadataBuilder(TritonAttentionMetadataBuilder):
         if on_gpu and not (has_prefill or (sparse_decode and any(lengths))):
             return None
         keys = self._keys(common, lengths)
+        decode = "dense" if not sparse_decode else "decode" if settings().has_decode_rules else "prefill"
         kinds = []
         for num_queries, num_keys in zip(lengths, keys, strict=True):
             covered = metadata.causal is True and num_keys >= settings().min_keys
             new = num_queries > self.most_decode_tokens
-            kind = "prefill" if new else "decode" if sparse_decode else "dense"
-            kinds.append(kind if covered else "dense")
+            kinds.append("dense" if not covered else "prefill" if new else decode)
         if on_gpu and all(kind == "dense" for kind in kinds):
             return None
         segments, first = [], 0
@@ -180,6 +180,9 @@ class SparseAttnImpl(TritonAttentionImpl):
         self.not_covered = self._why_not_covered()
         self.rules: dict[str, Rule | None] | None = None
         self.layer, self.num_layers = 0, None
+        # Its cache, and the keys and values of that: [num_pages, page_size, num_kv_heads, head_size].
+        self.viewed: Tensor | None = None
+        self.caches: tuple[Tensor, ...] = ()
         self.heads = Heads(self.num_heads, self.num_kv_heads, self.num_heads, self.num_kv_heads)
         config = get_current_vllm_config_or_none()
         if config is not None and config.model_config is not None:
@@ -259,7 +262,8 @@ class SparseAttnImpl(TritonAttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        caches = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        if self.viewed is not kv_cache:
+            self.viewed, self.caches = kv_cache, kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         for segment in segments:
             q, out, length = query, output, segment.last - segment.first
             if length < len(query):
@@ -268,20 +272,17 @@ class SparseAttnImpl(TritonAttentionImpl):
             if rule is None and runs_vllm_kernels(query):
                 super().forward(layer, q, None, None, kv_cache, segment.metadata, out)  # type: ignore[arg-type]
             else:
-                out.copy_(self._attend(rule, q, caches, segment))
+                out.copy_(self._attend(rule, q, segment))
         return output
 
-    def _attend(
-        self, rule: Rule | None, query: Tensor, caches: tuple[Tensor, ...], segment: Segment
-    ) -> Tensor:
-        """[tokens, num_heads, head_size] by `sparse_attn`; `caches` are keys and values,
-        [num_pages, page_size, num_kv_heads, head_size]."""
+    def _attend(self, rule: Rule | None, query: Tensor, segment: Segment) -> Tensor:
+        """[tokens, num_heads, head_size] by `sparse_attn`."""
         if self.not_covered:
             raise NotImplementedError(
                 f"sparse_attn: layer {self.layer} has {self.not_covered}, which vLLM's Triton kernels run on "
                 "a GPU; there is none here."
             )
-        k_cache, v_cache = caches
+        k_cache, v_cache = self.caches
         assert segment.seqused_k is not None
         pages = {
             "cu_seqlens_q": segment.cu_seqlens_q,
@@ -298,7 +299,7 @@ class SparseAttnImpl(TritonAttentionImpl):
             raise NotImplementedError("sparse_attn: causality by sequence needs vLLM's Triton kernels.")
         out = sparse_attention_paged(
             query, k_cache, v_cache, **pages, is_causal=causal, scale=self.scale, enable_gqa=True,
-            engine=settings().engine,
+            engine=settings().engine, trust_table=True,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out

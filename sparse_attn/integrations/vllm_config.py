@@ -124,6 +124,11 @@ class Settings:
         return self.decode == "sparse"
 
     @property
+    def has_decode_rules(self) -> bool:
+        """Whether layers have other rules for decoding than for prefill."""
+        return self.recipe is not None and "decode" in self.recipe.phases
+
+    @property
     def follows_heads(self) -> bool:
         """Whether heads differ by their number in the model."""
         rules = [self.default, *self.layers.values()]
@@ -141,7 +146,7 @@ class Settings:
             return self.layers[layer]
         if self.recipe is None:
             return self.default
-        phase = "decode" if decode and "decode" in self.recipe.phases else "prefill"
+        phase = "decode" if decode and self.has_decode_rules else "prefill"
         plan = self.recipe.plan_for(layer, phase)
         return None if all(group.method == DENSE for group in plan.groups) else Rule(plan=plan)
 

@@ -7,34 +7,27 @@ vLLM's own Triton kernels, which a GPU runs for dense sequences, run here in Tri
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 # isort: off
 # First: it imports vLLM in a way that keeps its kernels, or skips.
-from vllm_batches import D, H, HKV, MIXED, PAGE, PREFILLS, SCALE
-from vllm_batches import Batch, assert_near, transformers, vllm, vllm_config
+from vllm_batches import ANCHOR, D, H, HKV, MIXED, PREFILLS, S2, SCALE
+from vllm_batches import Batch, assert_near, builder_and_layers, save_recipe, transformers, vllm, vllm_config
 # isort: on
 
-from test_transformers_cost import ops
-from vllm.config import AttentionConfig, set_current_vllm_config
+from vllm.config import AttentionConfig
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import registry
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sparse_attn.integrations import vllm as plugin
 from sparse_attn.integrations import vllm_backend as backend
-from sparse_attn.integrations import vllm_config as vllm_config_module
 from sparse_attn.integrations.vllm_config import ENV, Heads
 from sparse_attn.methods import METHODS
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.s2 import S2Config
-from sparse_attn.recipe import DenseConfig, Fingerprint, HeadGroup, LayerPlan, Recipe
-
-ANCHOR = {"theta": 3.0, "block_size": 32, "step": 2}
-S2 = {"block_size": 32, "local_blocks": 1, "vert_stride": 2}
+from sparse_attn.recipe import Fingerprint, HeadGroup, LayerPlan, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +41,7 @@ def use(monkeypatch, config):
 
     def make(settings: dict, **options):
         monkeypatch.setenv(ENV, json.dumps(settings))
-        backend.settings.cache_clear()
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HKV, head_size=D, dtype=torch.float32)
-        names = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
-        stock = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
-        with set_current_vllm_config(config):
-            builder = backend.SparseAttnBackend.get_builder_cls()(spec, names, config, torch.device("cpu"))
-            impls = [
-                backend.SparseAttnBackend.get_impl_cls()(H, D, SCALE, HKV, **(stock | options)) for _ in names
-            ]
-        return builder, list(zip(impls, [SimpleNamespace(layer_name=name) for name in names], strict=True))
+        return builder_and_layers(config, **options)
 
     yield make
     backend.settings.cache_clear()
@@ -149,16 +133,7 @@ def test_rows_that_vllm_pads_and_empty_batches(use):
 
 @pytest.fixture
 def recipe(tmp_path, config):
-    """Layer 0 dense; in layer 1 heads 0 and 3 by S2, 1 by AnchorAttention, 2 dense."""
-    groups = (
-        HeadGroup((0, 3), "s2", S2Config(**S2)),
-        HeadGroup((1,), "anchor", AnchorConfig(**ANCHOR)),
-        HeadGroup((2,), "dense", DenseConfig()),
-    )
-    whole = (HeadGroup((0, 1, 2, 3), "dense", DenseConfig()),)
-    made = Recipe(Fingerprint.of(config.model_config.hf_config), (LayerPlan(0, whole), LayerPlan(1, groups)))
-    made.save(tmp_path / "tiny.recipe.json")
-    return str(tmp_path / "tiny.recipe.json")
+    return save_recipe(tmp_path / "tiny.recipe.json", config)
 
 
 def mask_of_recipe(batch):
@@ -322,23 +297,6 @@ def test_layers_that_no_method_covers_are_left_to_vllm(use, option, why):
 # -- the kernels that vLLM has itself -------------------------------------------------------------------
 
 
-def test_operators_of_a_layer_call_beyond_the_attention(use, monkeypatch):
-    """Views of keys and values once, of queries and output for each of several runs, and a copy each."""
-    monkeypatch.setattr(vllm_config_module, "sparse_attention_paged", lambda query, *args, **how: query)
-    for runs, slices in ((1, 0), (2, 4)):
-        batch = Batch([(40, 40), (33, 70)] if runs == 1 else [(1, 50), (40, 40)])
-        builder, layers = use({"method": "s2", "options": S2, "decode": "sparse"})
-        metadata, (impl, layer) = batch.metadata(builder), layers[0]
-        assert len(metadata.segments) == runs
-        out = torch.empty_like(batch.q)
-
-        def call(impl=impl, layer=layer, batch=batch, metadata=metadata, out=out):
-            impl.forward(layer, batch.q, None, None, batch.cache, metadata, out)
-
-        expected = {"aten::transpose": 1, "aten::split": 1, "aten::copy_": runs, "aten::slice": slices}
-        assert ops(call) == {name: n for name, n in expected.items() if n}
-
-
 @pytest.fixture
 def kernels(monkeypatch):
     """As on a GPU: dense sequences go through vLLM's Triton kernels."""
@@ -385,9 +343,10 @@ def test_lengths_come_from_the_host_where_they_are_exact(use, kernels, decode):
     common = batch.common()
     common.seq_lens_cpu_upper_bound = torch.tensor(batch.keys) + torch.tensor([3, 3, 0, 0])
     segments = builder.build(0, common).segments
-    assert [x.kind for x in segments] == [decode.replace("sparse", "decode"), "prefill"]
-    assert segments[0].seqused_k == (None if decode == "dense" else [20, 33])
-    assert segments[1].seqused_k == [70, 20]
+    if decode == "sparse":  # by the rules of prefill
+        assert [(x.kind, x.seqused_k) for x in segments] == [("prefill", batch.keys)]
+        return
+    assert [(x.kind, x.seqused_k) for x in segments] == [("dense", None), ("prefill", [70, 20])]
     assert segments[0].metadata.seq_lens.tolist() == [20, 33]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,15 +27,27 @@ if not vllm.__version__.startswith("0.33"):
     pytest.skip(f"vllm {vllm.__version__} is not the tested 0.33", allow_module_level=True)
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from vllm.config import CompilationConfig, ModelConfig, VllmConfig  # noqa: E402
+from vllm.config import (  # noqa: E402
+    CompilationConfig,
+    ModelConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.config.device import DeviceConfig  # noqa: E402
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 
+from sparse_attn.integrations import vllm_backend as backend  # noqa: E402
 from sparse_attn.methods import METHODS, Context  # noqa: E402
+from sparse_attn.methods.anchor import AnchorConfig  # noqa: E402
+from sparse_attn.methods.s2 import S2Config  # noqa: E402
+from sparse_attn.recipe import DenseConfig, Fingerprint, HeadGroup, LayerPlan, Recipe  # noqa: E402
 from sparse_attn.testing import assert_close  # noqa: E402
 
 H, HKV, D, PAGE = 4, 2, 32, 16
 SCALE = 0.2
+ANCHOR = {"theta": 3.0, "block_size": 32, "step": 2}
+S2 = {"block_size": 32, "local_blocks": 1, "vert_stride": 2}
 LLAMA = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": H, "num_key_value_heads": HKV, "head_dim": D, "max_position_embeddings": 4096,
@@ -52,6 +65,34 @@ def vllm_config(folder: Path) -> VllmConfig:
     # Without vLLM's compiled kernels its layers run as they are written in Python.
     plain = CompilationConfig(mode=0, custom_ops=["none"])
     return VllmConfig(model_config=model, device_config=DeviceConfig("cpu"), compilation_config=plain)
+
+
+def builder_and_layers(config, **options):
+    """The builder, and implementation and layer of two layers, under the settings of the environment;
+    `options` of the layers are as vLLM gives them."""
+    backend.settings.cache_clear()
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=HKV, head_size=D, dtype=torch.float32)
+    names = ["model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"]
+    stock = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+    with set_current_vllm_config(config):
+        builder = backend.SparseAttnBackend.get_builder_cls()(spec, names, config, torch.device("cpu"))
+        impls = [
+            backend.SparseAttnBackend.get_impl_cls()(H, D, SCALE, HKV, **(stock | options)) for _ in names
+        ]
+    return builder, list(zip(impls, [SimpleNamespace(layer_name=name) for name in names], strict=True))
+
+
+def save_recipe(path: Path, config) -> str:
+    """Layer 0 dense; in layer 1 heads 0 and 3 by S2, 1 by AnchorAttention, 2 dense."""
+    groups = (
+        HeadGroup((0, 3), "s2", S2Config(**S2)),
+        HeadGroup((1,), "anchor", AnchorConfig(**ANCHOR)),
+        HeadGroup((2,), "dense", DenseConfig()),
+    )
+    whole = (HeadGroup((0, 1, 2, 3), "dense", DenseConfig()),)
+    made = Recipe(Fingerprint.of(config.model_config.hf_config), (LayerPlan(0, whole), LayerPlan(1, groups)))
+    made.save(path)
+    return str(path)
 
 
 class Batch:
