@@ -15,9 +15,9 @@ from sparse_attn.methods.blasst import full_layout
 from sparse_attn.recipe_check import DenseConfig, methods
 from sparse_attn.recipe_plan import LayerPlan
 from sparse_attn.recipe_run import _calls, _heads
-from sparse_attn.varlen import Each, check_paged
+from sparse_attn.varlen import Each
 from sparse_attn.varlen_batch import DENSE_BLOCK, PagedCall, attend_paged
-from sparse_attn.varlen_checks import Lengths, first
+from sparse_attn.varlen_checks import Lengths, check_paged, first
 
 _OP = "run_layer_paged"
 
@@ -36,6 +36,7 @@ def run_layer_paged(
     engine: str | None = None,
     head_offset: int | None = None,
     trust_table: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one layer over pages, every head by its own method. Inference only.
 
@@ -52,6 +53,7 @@ def run_layer_paged(
         scale: multiplies q.k; default D ** -0.5.
         engine: insist on an engine by name.
         head_offset: tensor parallelism, as in `run_layer`.
+        out: [T, Hq, Dv] in the query's dtype: write the result there. Default: a new tensor.
 
     Returns:
         out [T, Hq, Dv].
@@ -61,22 +63,22 @@ def run_layer_paged(
             call, or an input requires grad.
     """
     whole = check_paged(
-        _OP, query, k_cache, v_cache, cu_seqlens_q, block_table, seqused_k, True, scale, trust_table
+        _OP, query, k_cache, v_cache, cu_seqlens_q, block_table, seqused_k, True, scale, trust_table, out
     )
     query = whole.query
     calls, _ = _calls(plan, query, first(k_cache).transpose(1, 2), head_offset)
     group = query.shape[1] // k_cache.shape[2]
-    out = query.new_empty(*query.shape[:2], v_cache.shape[3])
+    if out is None:
+        out = query.new_empty(*query.shape[:2], v_cache.shape[3])
     for own in calls:
         each = _each(own.method, own.config, whole, plan.layer, is_causal, scale, engine)
-        part = replace(whole, query=_heads(query, own.q_pick))
+        target = out[:, own.q_pick] if isinstance(own.q_pick, slice) else None
+        part = replace(whole, query=_heads(query, own.q_pick), out=target)
         kv_heads = sorted({head // group for head in own.heads})
         result, _ = attend_paged(each, _with_key_heads(part, kv_heads))
-        if isinstance(own.q_pick, slice):
-            out[:, own.q_pick] = result
-        elif isinstance(own.q_pick, Tensor):
+        if isinstance(own.q_pick, Tensor):
             out.index_copy_(1, own.q_pick, result)
-        else:
+        elif target is None:
             for n, head in enumerate(own.heads):
                 out[:, head] = result[:, n]
     return out

@@ -24,13 +24,13 @@ from sparse_attn.methods import METHODS, Context, Method
 from sparse_attn.methods.base import run
 from sparse_attn.methods.blasst import full_layout
 from sparse_attn.plan import Plan
-from sparse_attn.varlen_batch import PagedCall, attend_paged
+from sparse_attn.varlen_batch import attend_paged
 from sparse_attn.varlen_checks import (
     Lengths,
+    check_paged,
     check_tensors,
     first,
     lengths_between,
-    paged_lengths,
     same_count,
     to_host,
 )
@@ -155,6 +155,7 @@ def sparse_attention_paged(
     return_lse: bool = False,
     engine: str | None = None,
     trust_table: bool = False,
+    out: Tensor | None = None,
     **method_config: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of N packed query sequences over keys that lie in pages, as in vLLM. Inference only.
@@ -178,6 +179,7 @@ def sparse_attention_paged(
             as in `sparse_attention_varlen`.
         trust_table: leave out the check that the table names pages of the cache; where lengths are lists,
             nothing then makes the host wait for a GPU. Default False.
+        out: [T, Hq, Dv] in the query's dtype, any strides: write the result there. Default: a new tensor.
 
     Returns:
         out [T, Hq, Dv], or (out, lse) with lse float32 [Hq, T].
@@ -195,46 +197,14 @@ def sparse_attention_paged(
     """
     op = "sparse_attention_paged"
     call = check_paged(
-        op, query, k_cache, v_cache, cu_seqlens_q, block_table, seqused_k, enable_gqa, scale, trust_table
+        op, query, k_cache, v_cache, cu_seqlens_q, block_table, seqused_k, enable_gqa, scale, trust_table, out
     )
     each = Each(
         op, len(call.q_lens), method, config, layout, sparse_if, context, is_causal, scale, enable_gqa,
         engine, method_config,
     )  # fmt: skip
-    out, lse = attend_paged(each, call)
-    return (out, lse) if return_lse else out
-
-
-def check_paged(
-    op: str,
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cu_seqlens_q: Lengths,
-    block_table: Tensor,
-    seqused_k: Lengths,
-    enable_gqa: bool,
-    scale: float | None,
-    trust_table: bool,
-) -> PagedCall:
-    """The checked call of `op`; arguments as `sparse_attention_paged`."""
-    check_tensors(op, 3, "(tokens, heads, head_dim)", query=query)
-    check_tensors(op, 4, "(num_pages, page_size, heads, head_dim)", k_cache=k_cache, v_cache=v_cache)
-    if k_cache.shape[:2] != v_cache.shape[:2]:
-        raise ValueError(
-            f"{op}: k_cache has (num_pages, page_size) {tuple(k_cache.shape[:2])} but v_cache has "
-            f"{tuple(v_cache.shape[:2])}; they must be equal."
-        )
-    k, v = (first(x).transpose(1, 2) for x in (k_cache, v_cache))
-    check_inputs(op, first(query).transpose(0, 1)[None], k, v, enable_gqa, scale)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, k_cache, v_cache)):
-        raise NotImplementedError(
-            f"{op}: an input requires grad, but pages have no backward; call it under torch.no_grad(), "
-            "or train with sparse_attention_varlen."
-        )
-    query = autocast(query, k, v)[0]  # the cache stays as it is: `attend` casts the pages that it is given
-    lengths = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k, trust_table)
-    return PagedCall(query, (k_cache, v_cache), block_table, *lengths)
+    result, lse = attend_paged(each, call)
+    return (result, lse) if return_lse else result
 
 
 # -- one sequence after the other -----------------------------------------------------------------

@@ -65,6 +65,7 @@ class PagedCall:
         query: [T, Hq, D]; caches: keys and values, [num_pages, page_size, heads, D or Dv].
         table: [N, max_pages]; q_lens, k_lens: of each sequence.
         kv_heads: those of the caches that the queries go with, in order; None: all.
+        out: [T, Hq, Dv], where the result is to be written; None: a new tensor.
     """
 
     query: Tensor
@@ -73,6 +74,7 @@ class PagedCall:
     q_lens: Sequence[int]
     k_lens: Sequence[int]
     kv_heads: Sequence[int] | None = None
+    out: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -91,7 +93,11 @@ class PagedCall:
 def attend_paged(each: Each, call: PagedCall) -> tuple[Tensor, Tensor]:
     """out [T, Hq, Dv] and lse float32 [Hq, T]."""
     query, heads = call.query, call.query.shape[1]
-    out = query.new_zeros(len(query), heads, call.caches[1].shape[3])
+    out = call.out
+    if out is None:
+        out = query.new_empty(len(query), heads, call.caches[1].shape[3])
+    if not all(call.k_lens):
+        out.zero_()
     lse = query.new_full((heads, len(query)), -torch.inf, dtype=torch.float32)
     starts = [0, *accumulate(call.q_lens)]
     sizes = zip(starts[:-1], call.q_lens, call.k_lens, strict=True)

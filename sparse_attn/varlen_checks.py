@@ -8,6 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparse_attn.checks import autocast, check_inputs
+from sparse_attn.varlen_batch import PagedCall
+
 Lengths = Tensor | Sequence[int]
 
 
@@ -17,6 +20,15 @@ def check_tensors(op: str, dims: int, shape: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} is {type(x).__name__}; it must be a torch.Tensor.")
         if x.dim() != dims:
             raise ValueError(f"{op}: {name} has {x.dim()} dimensions; expected {dims}: {shape}.")
+
+
+def check_out(op: str, out: Tensor, query: Tensor, value_dim: int) -> None:
+    wanted = f"{(*query.shape[:2], value_dim)} {query.dtype} on {query.device}"
+    given = type(out).__name__
+    if isinstance(out, Tensor):
+        given = f"{tuple(out.shape)} {out.dtype} on {out.device}"
+    if given != wanted:
+        raise ValueError(f"{op}: out is {given}; it must be {wanted}.")
 
 
 def first(x: Tensor) -> Tensor:
@@ -123,3 +135,38 @@ def paged_lengths(
             f"{int(block_table.flatten()[at])}; page numbers lie in 0 .. {num_pages - 1}."
         )
     return q_lens, used
+
+
+def check_paged(
+    op: str,
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Lengths,
+    block_table: Tensor,
+    seqused_k: Lengths,
+    enable_gqa: bool,
+    scale: float | None,
+    trust_table: bool,
+    out: Tensor | None,
+) -> PagedCall:
+    """The checked call of `op`; arguments as `sparse_attention_paged`."""
+    check_tensors(op, 3, "(tokens, heads, head_dim)", query=query)
+    check_tensors(op, 4, "(num_pages, page_size, heads, head_dim)", k_cache=k_cache, v_cache=v_cache)
+    if k_cache.shape[:2] != v_cache.shape[:2]:
+        raise ValueError(
+            f"{op}: k_cache has (num_pages, page_size) {tuple(k_cache.shape[:2])} but v_cache has "
+            f"{tuple(v_cache.shape[:2])}; they must be equal."
+        )
+    k, v = (first(x).transpose(1, 2) for x in (k_cache, v_cache))
+    check_inputs(op, first(query).transpose(0, 1)[None], k, v, enable_gqa, scale)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, k_cache, v_cache)):
+        raise NotImplementedError(
+            f"{op}: an input requires grad, but pages have no backward; call it under torch.no_grad(), "
+            "or train with sparse_attention_varlen."
+        )
+    query = autocast(query, k, v)[0]  # the cache stays as it is: `attend` casts the pages that it is given
+    lengths = paged_lengths(op, query, k_cache, cu_seqlens_q, block_table, seqused_k, trust_table)
+    if out is not None:
+        check_out(op, out, query, v_cache.shape[3])
+    return PagedCall(query, (k_cache, v_cache), block_table, *lengths, out=out)

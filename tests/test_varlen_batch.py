@@ -200,3 +200,15 @@ def test_a_trusted_table_is_not_checked(calls):
         batch.paged()
     with pytest.raises(IndexError):  # torch's own; on a GPU an assertion of the device
         batch.paged(trust_table=True)
+
+
+def test_results_may_be_written_to_a_tensor_of_the_caller(calls):
+    batch = Batch([*DECODING, (0, 9), (2, 0), (40, 90)])
+    expected = batch.paged(return_lse=False)
+    out = torch.full((len(batch.query), 2 * HQ, DV), torch.nan)[:, ::2]
+    assert batch.paged(return_lse=False, out=out) is out
+    assert torch.equal(out, expected)
+    with pytest.raises(
+        ValueError, match=r"out is \(47, 4, 16\) torch.float32 on cpu; it must be \(47, 4, 24\)"
+    ):
+        batch.paged(out=out[..., :16])

@@ -272,11 +272,11 @@ class SparseAttnImpl(TritonAttentionImpl):
             if rule is None and runs_vllm_kernels(query):
                 super().forward(layer, q, None, None, kv_cache, segment.metadata, out)  # type: ignore[arg-type]
             else:
-                out.copy_(self._attend(rule, q, segment))
+                self._attend(rule, q, segment, out)
         return output
 
-    def _attend(self, rule: Rule | None, query: Tensor, segment: Segment) -> Tensor:
-        """[tokens, num_heads, head_size] by `sparse_attn`."""
+    def _attend(self, rule: Rule | None, query: Tensor, segment: Segment, out: Tensor) -> None:
+        """By `sparse_attn`; query and out are [tokens, num_heads, head_size]."""
         if self.not_covered:
             raise NotImplementedError(
                 f"sparse_attn: layer {self.layer} has {self.not_covered}, which vLLM's Triton kernels run on "
@@ -284,25 +284,25 @@ class SparseAttnImpl(TritonAttentionImpl):
             )
         k_cache, v_cache = self.caches
         assert segment.seqused_k is not None
-        pages = {
+        pages: dict[str, Any] = {
             "cu_seqlens_q": segment.cu_seqlens_q,
             "block_table": segment.metadata.block_table,
             "seqused_k": segment.seqused_k,
+            "engine": settings().engine,
+            "out": out,
         }
         if rule is not None:
-            return rule.attend(
-                query, k_cache, v_cache, **pages, scale=self.scale, layer=self.layer, heads=self.heads,
-                engine=settings().engine,
-            )  # fmt: skip
+            rule.attend(
+                query, k_cache, v_cache, scale=self.scale, layer=self.layer, heads=self.heads, **pages
+            )
+            return
         causal = segment.metadata.causal
         if not isinstance(causal, bool):
             raise NotImplementedError("sparse_attn: causality by sequence needs vLLM's Triton kernels.")
-        out = sparse_attention_paged(
-            query, k_cache, v_cache, **pages, is_causal=causal, scale=self.scale, enable_gqa=True,
-            engine=settings().engine, trust_table=True,
+        sparse_attention_paged(
+            query, k_cache, v_cache, is_causal=causal, scale=self.scale, enable_gqa=True, trust_table=True,
+            **pages,
         )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

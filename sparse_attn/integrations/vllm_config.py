@@ -64,22 +64,23 @@ class Rule:
         layer: int,
         heads: Heads,
         engine: str | None,
-    ) -> Tensor:
-        """Causal attention of packed sequences over pages; arguments and result as
+        out: Tensor,
+    ) -> None:
+        """Causal attention of packed sequences over pages, written into `out`; arguments as
         `sparse_attention_paged`. The block table is vLLM's, and not checked."""
         pages: dict[str, Any] = {
             "cu_seqlens_q": cu_seqlens_q, "block_table": block_table, "seqused_k": seqused_k,
             "is_causal": True, "scale": scale, "engine": engine, "trust_table": True,
+            "out": out,
         }  # fmt: skip
         if self.plan is not None:
-            return run_layer_paged(self.plan, query, k_cache, v_cache, head_offset=heads.offset, **pages)
+            run_layer_paged(self.plan, query, k_cache, v_cache, head_offset=heads.offset, **pages)
+            return
         assert self.method is not None
-        out = sparse_attention_paged(
+        sparse_attention_paged(
             query, k_cache, v_cache, method=self.method, config=_of_all_ranks(self.config, heads),
             context=_context(layer, heads.offset), enable_gqa=True, **pages,
         )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
 
 
 @cache

@@ -169,13 +169,15 @@ def test_a_tensor_parallel_rank_follows_the_numbers_of_all_heads(use, recipe, wh
     assert segment.kind == "prefill"
     for rank in (0, 1):
         own = batch.cache[:, rank : rank + 1]
-        out = rules["prefill"].attend(
-            batch.q[segment.first :, 2 * rank : 2 * rank + 2], *own.transpose(1, 2).split(D, dim=-1),
+        heads = slice(2 * rank, 2 * rank + 2)
+        out = torch.full_like(whole[segment.first :, heads], torch.nan)
+        rules["prefill"].attend(
+            batch.q[segment.first :, heads], *own.transpose(1, 2).split(D, dim=-1),
             cu_seqlens_q=segment.cu_seqlens_q, block_table=segment.metadata.block_table,
             seqused_k=segment.seqused_k, scale=SCALE, layer=1, engine=None,
-            heads=Heads(2, 1, H, HKV, 2 * rank),
+            heads=Heads(2, 1, H, HKV, 2 * rank), out=out,
         )  # fmt: skip
-        assert_near(out, whole[segment.first :, 2 * rank : 2 * rank + 2])
+        assert_near(out, whole[segment.first :, heads])
 
 
 def test_ranks_that_share_key_heads(use, config, monkeypatch):
