@@ -44,6 +44,8 @@ class SparseLayout:
             of nearly equal transposed row length, read nearly the same blocks (windows and strided
             patterns do). An engine may then compute several small blocks in one tile; what is attended
             does not change.
+        is_full: the builder knows that every query block reads every key block. An engine may then cut
+            the queries into tiles of its own.
     """
 
     blocks: IndexList
@@ -56,6 +58,7 @@ class SparseLayout:
     columns: IndexList | None = None
     _cache: dict = field(default_factory=dict, repr=False)
     neighbours_alike: bool = False
+    is_full: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "L", "S", "batch", "heads"):
@@ -100,7 +103,8 @@ class SparseLayout:
 
     def _like(self, blocks: IndexList, columns: IndexList | None) -> SparseLayout:
         shape = (self.block_m, self.block_n, self.L, self.S, self.batch, self.heads)
-        return SparseLayout(blocks, *shape, columns=columns, neighbours_alike=self.neighbours_alike)
+        alike, full = self.neighbours_alike, self.is_full
+        return SparseLayout(blocks, *shape, columns=columns, neighbours_alike=alike, is_full=full)
 
     # -- builders ---------------------------------------------------------------------------------
 
@@ -110,7 +114,7 @@ class SparseLayout:
         num_rows, width = _grid("full", L, S, block_m, block_n)
         offsets = torch.arange(num_rows + 1, dtype=torch.int64, device=device) * width
         indices = torch.arange(width, dtype=torch.int32, device=device).repeat(num_rows)
-        return cls(IndexList(offsets, indices), block_m, block_n, L, S)
+        return cls(IndexList(offsets, indices), block_m, block_n, L, S, is_full=True)
 
     @classmethod
     def from_dense_mask(

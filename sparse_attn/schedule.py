@@ -154,6 +154,31 @@ def _limits(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> tu
     return whole.amin(-1), some.amax(-1)
 
 
+def tall_rows(layout: SparseLayout, causal: bool, block_m: int) -> Schedule:
+    """A layout that is full, its queries cut into tiles of `block_m`. Cached.
+
+    Every tile reads the key blocks from the first on: `merged.offsets` is 0 throughout, `merged.indices` are
+    plain numbers, and `merged.bounds` says how many a tile sees whole, and how many at all.
+    """
+    return layout._cached(("tall", causal, block_m), lambda: _tall_rows(layout, causal, block_m))
+
+
+def _tall_rows(layout: SparseLayout, causal: bool, block_m: int) -> Schedule:
+    device, shift = layout.device, layout.S - layout.L
+    first = torch.arange(0, layout.L, block_m, device=device)
+    last = (first + block_m - 1).clamp(max=layout.L - 1)
+    whole = torch.full_like(first, layout.S // layout.block_n)
+    some = torch.full_like(first, layout.num_key_blocks)
+    if causal:
+        seen = [(x + shift + 1).clamp(min=0) for x in (first, last)]  # keys, of the first query and the last
+        whole = whole.minimum(torch.div(seen[0], layout.block_n, rounding_mode="floor"))
+        some = some.minimum(torch.div(seen[1] + layout.block_n - 1, layout.block_n, rounding_mode="floor"))
+    offsets = torch.zeros(first.numel() + 1, dtype=torch.int64, device=device)
+    bounds = torch.stack([whole.minimum(some), some], -1).to(torch.int32)
+    rows = MergedRows(offsets, layout.blocks.indices[: layout.num_key_blocks], bounds)
+    return Schedule(order=_longest_first(some[None]), merged=rows)
+
+
 def merged_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRows:
     """Pairs of query blocks as one row each, in the ascending order that a skip rule needs. Cached.
 

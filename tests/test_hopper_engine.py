@@ -55,6 +55,22 @@ def test_against_masked_attention(name, batch):
     check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
 
 
+@needs_hopper
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("L", "S", "dtype"),
+    [(1000, 1000, BF16), (897, 1300, F16), (1000, 300, BF16)],
+    ids=["even", "chunk", "blind-rows"],
+)
+def test_tiles_of_192_queries(L, S, dtype, causal):
+    """Of a full layout at head size 64, where there are many."""
+    q, k, v = make_inputs(batch=2, heads=48, kv_heads=12, L=L, S=S, head_dim=64, dtype=dtype, device="cuda")
+    layout = SparseLayout.full(L, S, device="cuda")
+    call = AttendCall(q, k, v, layout, None, causal, 0.125)
+    assert ENGINES["hopper"].schedule(call).merged is not None
+    check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
+
+
 # kind, L, S, query heads, key heads, D, key block, dtype, causal, layout heads
 HALF_CASES = {
     "full": ("full", 512, 512, 2, 1, 128, 128, BF16, True, 1),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attn.layout import SparseLayout
-from sparse_attn.schedule import merged_pairs, paired_rounds, row_order
+from sparse_attn.schedule import merged_pairs, paired_rounds, row_order, tall_rows
 
 HEADS = 3
 SHAPES = pytest.mark.parametrize(("L", "S"), [(700, 700), (450, 900), (300, 130)], ids=str)
@@ -86,6 +86,27 @@ def test_rows_alike_share_all_but_their_edges():
     shared, unmasked, masked = paired_rounds(layout, True, order, 2).bounds.unbind(-1)
     lengths = torch.arange(16, 0, -2, dtype=torch.int32)  # key blocks that the longer of a pair sees
     assert torch.equal(shared, (lengths - 2) // 2) and not unmasked.any() and bool((masked == 1).all())
+
+
+@SHAPES
+@CAUSAL
+def test_tall_tiles_read_a_full_layout(causal, L, S):
+    layout = SparseLayout.full(L, S)
+    schedule = tall_rows(layout, causal, 192)
+    rows = schedule.merged
+    assert rows.indices.tolist() == list(range(layout.num_key_blocks)) and not rows.offsets.any()
+    assert sorted(schedule.order[0].tolist()) == list(range(-(-L // 192)))
+    assert rows.bounds[schedule.order[0].long(), 1].diff().le(0).all()  # longest first
+    for tile, (unmasked, visible) in enumerate(rows.bounds.tolist()):
+        halves = range(3 * tile, min(3 * tile + 3, -(-L // 64)))  # query blocks of 64
+        for block in range(layout.num_key_blocks):
+            assert (block < unmasked) == all(_is_whole(block, m, 128, causal, L, S) for m in halves)
+            assert (block < visible) == any(_is_seen(block, m, 128, causal, L, S) for m in halves)
+
+
+def test_a_full_layout_stays_full_elsewhere():
+    layout = SparseLayout.full(300, 300)
+    assert layout.is_full and layout.to("cpu").is_full and not layout_of(128, 300, 300).is_full
 
 
 def _is_whole(block: int, member: int, block_n: int, causal: bool, L: int, S: int) -> bool:

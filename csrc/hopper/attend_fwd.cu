@@ -64,6 +64,10 @@ Launch find(int64_t key_block, Variant variant) {
       if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kBlocks>;
       if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kBlocks>;
       break;
+    case Variant::kTall:
+      if constexpr (HEAD_DIM == 64)
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kTall>;
+      break;
     case Variant::kHalves:
       if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kHalves>;
       if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kHalves>;
@@ -121,7 +125,7 @@ void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   p.list_head_divisor = heads == q.size(1) || heads == 1 ? 1 : p.gqa_group;
   p.num_query_blocks = (p.L + query_block - 1) / query_block;
   p.num_key_blocks = (p.S + key_block - 1) / key_block;
-  const int blocks_per_tile = BLOCK_M / query_block;
+  const int blocks_per_tile = query_block == 64 ? 2 : 1;
   p.num_tiles = (p.num_query_blocks + blocks_per_tile - 1) / blocks_per_tile;
   p.column_group = column_group;
   p.column_rows = (p.num_query_blocks + column_group - 1) / column_group;
@@ -133,6 +137,7 @@ void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 
   const Variant variant = p.skip_below != nullptr    ? Variant::kSkip
                           : query_block == 64        ? Variant::kHalves
+                          : query_block == 192       ? Variant::kTall
                           : p.column_bounds != nullptr ? Variant::kColumns
                                                      : Variant::kBlocks;
   const bool is_bf16 = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;

@@ -1,4 +1,4 @@
-// Forward attention over lists of keys on Hopper: a producer feeds two consumer warpgroups of 64 queries each,
+// Forward attention over lists of keys on Hopper: a producer feeds two consumer warpgroups of 64 queries each (or three),
 // which take turns on the matrix unit. docs/hopper_forward.md explains the schedule.
 #pragma once
 #include "load.cuh"
@@ -6,11 +6,12 @@
 
 namespace sparse_attn::hopper {
 
-// S = Q K^T of one warpgroup: [64, BLOCK_N] fp32.
+// S = Q K^T of one warpgroup: [64, BLOCK_N] fp32. From the first K tile on: one addition leads to the descriptor of any.
 template <typename K>
 __device__ __forceinline__ void multiply_qk(float (&s)[BLOCK_N / 2], const typename K::Element* q,
-                                            const typename K::Element* k) {
-  const uint64_t a = matrix_descriptor(q, 16, 1024), b = matrix_descriptor(k, 16, 1024);
+                                            const typename K::Element* first_k, int slot) {
+  const uint64_t a = matrix_descriptor(q, 16, 1024);
+  const uint64_t b = matrix_descriptor(first_k, 16, 1024) + slot * int(BLOCK_N * K::HEAD_DIM * sizeof(*q) >> 4);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < K::HEAD_DIM / 16; ++step) {
@@ -41,19 +42,19 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
                                              float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state, int group,
                                              int tile) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  float inverse[2];
+  float sum[2] = {state.sum[0], state.sum[1]}, inverse[2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(state.sum[r]);
-    inverse[r] = sum == 0.f ? 0.f : reciprocal_fast(sum);
-    const int query = work.first_query[0] + warp * 16 + lane / 4 + 8 * r;
-    if (lane % 4 == 0 && query < p.L) {
-      // From the shift as the exponentials had it, rounding and all. (lg2.approx is 2e-6 off where the sum is large.)
-      constexpr float kLn2 = 0.69314718f;
-      const float lse = sum == 0.f ? -INFINITY : fmaf(state.maximum[r] * p.scale_log2, kLn2, logf(sum));
-      p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
-    }
-  }
+  for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffff, sum[r], step);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) inverse[r] = sum[r] == 0.f ? 0.f : reciprocal_fast(sum[r]);
+  // Of the four lanes that hold two rows, the first and the second write one lse each. The shift is as the exponentials
+  // had it, rounding and all.
+  const int own = lane % 2, query = work.first_query[0] + warp * 16 + lane / 4 + 8 * own;
+  const float shift = (own ? state.maximum[1] : state.maximum[0]) * p.scale_log2;
+  if (lane % 4 < 2 && query < p.L)
+    p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = log_sum(own ? sum[1] : sum[0], shift);
   if (__any_sync(0xffffffff, inverse[0] == 0.f || inverse[1] == 0.f)) {
     // Rows that attend nothing may hold anything, even NaN.
 #pragma unroll
@@ -77,11 +78,11 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
 }
 
-// A warp's vote to leave out a tile; `votes` are those of its warpgroup. One that keeps it goes on; one that would not waits
-// for the others. Returns whether all agree to leave it out.
+// A warp's vote to leave out a tile where most are kept; `votes` are those of its warpgroup. One that keeps it goes on; one
+// that would not waits for the others. Returns whether all agree to leave it out.
 __device__ __forceinline__ bool vote(unsigned* votes, unsigned stage, bool to_skip, int barrier) {
   const unsigned to_keep = 2 * stage + 3;
-  if (threadIdx.x % 32 == 0) *const_cast<volatile unsigned*>(votes + threadIdx.x % 128 / 32) = to_keep - to_skip;
+  store_note_if(threadIdx.x % 32 == 0, votes + threadIdx.x % 128 / 32, to_keep - to_skip);
   __syncwarp();
   if (!to_skip) {
     named_arrive(barrier, 128);
@@ -162,16 +163,17 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       for (int e = 0; e < K::kEntries; ++e) words[e] = shared.words[slot][e];
     }
 
-    if constexpr (K::TURNS) named_sync(kTurnBarrier + group, kConsumers);
-    multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[slot]);
+    if constexpr (K::TURNS) named_sync(kTurnBarrier + group, K::kConsumers);
+    multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[0], slot);
     if constexpr (kHasPending) {
       if (kIsFirst || !is_ready) {
+        if constexpr (K::SKIP) wait_for_note(&shared.brought, step);
         mbarrier_wait(&shared.v_full[v_slot], before.phase());
         if constexpr (K::COLUMNS) fence_async_proxy();  // else the one above was late enough
       }
       multiply_pv<K>(o, probabilities, shared.v[v_slot], has_output);
     }
-    if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, kConsumers);
+    if constexpr (K::TURNS) named_arrive(kTurnBarrier + 1 - group, K::kConsumers);
 
     wgmma_wait<kHasPending ? 1 : 0>();
     pin(s);
@@ -196,8 +198,14 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     bool votes_to_skip = false;
     if constexpr (kVotes) {
       if constexpr (kIsFirst) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
-      votes_to_skip = __all_sync(0xffffffff, largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1]);
-      votes_to_skip = vote(shared.votes[step % 4] + 4 * group, step, votes_to_skip, kVoteBarrier + group);
+      const bool is_low = largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1];
+      unsigned* const votes = shared.votes[step % 4] + 4 * group;
+      if constexpr (kHasPending) {
+        votes_to_skip = vote(votes, step, __all_sync(0xffffffff, is_low), kVoteBarrier + group);
+      } else {  // after a tile that was left out: half as long, but all wait
+        votes_to_skip = all_of_group(kVoteBarrier + group, is_low);
+        store_note_if(lane == 0, votes + threadIdx.x % 128 / 32, 2 * step + 3 - votes_to_skip);
+      }
     }
     auto finish_product = [&](unsigned done) {
       if constexpr (kHasPending) {
@@ -206,7 +214,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         has_output = 1;
         if constexpr (!K::SKIP) release(&shared.v_empty[v_slot], is_pending_alone);
       }
-      if (K::SKIP && elected) store_note(&shared.done[group], done);
+      if constexpr (K::SKIP) store_note_if(elected, &shared.done[group], done);
     };
     auto finish_item = [&] {
       if constexpr (kIsFirst) {
@@ -226,7 +234,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         finish_product(step);
       });
       // Asked now, the answer is there when the next visit starts.
-      is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase());
+      if constexpr (K::SKIP)
+        is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase(), &shared.brought, step + 1);
+      else is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase());
       finish_item();
       state = fresh;
       if ((kHasPending || K::SKIP) && !kIsFirst && moves) rescale_output<K::HEAD_DIM>(o, rescale);
@@ -247,12 +257,12 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     }
   };
   auto visit = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
-    if (!K::SKIP || uniform(is_pending)) visit_one(item, i, is_alone, Visit<FLAGS | kPending | kVoting>());
+    if (!K::SKIP || same_in_warp(is_pending)) visit_one(item, i, is_alone, Visit<FLAGS | kPending | kVoting>());
     else visit_one(item, i, is_alone, Visit<FLAGS | kVoting>());
   };
 
   // Ping-pong, with TURNS: named barrier kTurnBarrier + g lets warpgroup g issue its products; group 0 goes first.
-  if (K::TURNS && group == 1) named_arrive(kTurnBarrier, kConsumers);
+  if (K::TURNS && group == 1) named_arrive(kTurnBarrier, K::kConsumers);
   work = next_work();
   if (work.is_last) return;
   if (work.unmasked + work.rounds > 0) visit_one(work, 0, work.unmasked == 0, Visit<kFirst | kVoting>());
@@ -264,23 +274,23 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     if constexpr (K::SKIP) {
       // What loops carry stays in uniform registers only if it is known to be uniform where they begin.
       position = uniform(position), values.at = uniform(values.at);
-      if (uniform(work.skip_below == -INFINITY && is_pending)) {  // no tile may be left out
+      if (same_in_warp(work.skip_below == -INFINITY && is_pending)) {  // no tile may be left out
 #pragma unroll 2
         for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
       }
       while (i < work.unmasked) {
-        if (uniform(is_pending)) {
+        if (same_in_warp(is_pending)) {
 #pragma unroll 2
           do visit_one(work, i, false, Visit<kPending | kVoting>());
-          while (++i < work.unmasked && uniform(is_pending));
+          while (++i < work.unmasked && same_in_warp(is_pending));
         } else {
 #pragma unroll 1
           do visit_one(work, i, false, Visit<kVoting>());
-          while (++i < work.unmasked && !uniform(is_pending));
+          while (++i < work.unmasked && !same_in_warp(is_pending));
         }
       }
     } else {
-#pragma unroll 2
+#pragma unroll K::kUnroll
       for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
     }
     if constexpr (K::ROUNDS) {
@@ -296,7 +306,10 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     work = next;
   }
   if (!K::SKIP || is_pending) {
-    if constexpr (K::SKIP) pending = {position - 1};
+    if constexpr (K::SKIP) {
+      pending = {position - 1};
+      wait_for_note(&shared.brought, position);
+    }
     mbarrier_wait(&shared.v_full[pending.slot()], pending.phase());
     if constexpr (K::COLUMNS) fence_async_proxy();
     multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);
@@ -307,7 +320,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 }
 
 template <typename K>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(K::kThreads, 1)
     attend_fwd_kernel(const __grid_constant__ AttendFwdParams p, const __grid_constant__ CUtensorMap map_q,
                       const __grid_constant__ CUtensorMap map_k, const __grid_constant__ CUtensorMap map_v,
                       const __grid_constant__ CUtensorMap map_o) {
@@ -317,23 +330,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kTiles; ++s) {
       mbarrier_init(&shared.q_full[s], 1);
-      mbarrier_init(&shared.o_full[s], kConsumers / 32);
+      mbarrier_init(&shared.o_full[s], K::kConsumers / 32);
       mbarrier_init(&shared.q_empty[s], 1);
     }
     for (int s = 0; s < K::kKeyStages; ++s) {
       mbarrier_init(&shared.k_full[s], K::kArrivals);
-      mbarrier_init(&shared.k_empty[s], 2);
+      mbarrier_init(&shared.k_empty[s], K::GROUPS);
     }
     for (int s = 0; s < K::kValueStages; ++s) {
       mbarrier_init(&shared.v_full[s], K::kArrivals);
-      mbarrier_init(&shared.v_empty[s], 2);
+      mbarrier_init(&shared.v_empty[s], K::GROUPS);
     }
     for (int s = 0; s < 2; ++s) {
       mbarrier_init(&shared.work_full[s], 1);
-      mbarrier_init(&shared.work_empty[s], kConsumers / 32 + (K::COLUMNS ? 0 : K::SKIP ? 3 : 2));
+      mbarrier_init(&shared.work_empty[s], K::kConsumers / 32 + (K::COLUMNS ? 0 : K::SKIP ? 3 : 2));
     }
-    for (int i = 0; i < 4 * kConsumers / 32; ++i) shared.votes[i / 8][i % 8] = 0;
-    shared.done[0] = shared.done[1] = 0;
+    if constexpr (K::SKIP) {
+      for (int i = 0; i < 4 * K::kConsumers / 32; ++i) shared.votes[i / 8][i % 8] = 0;
+      shared.done[0] = shared.done[1] = shared.brought = 0;
+    }
     mbarrier_init_fence();
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);
@@ -342,13 +357,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<producer_registers(K::COLUMNS)>();
+    give_registers<producer_registers(K::COLUMNS, K::GROUPS)>();
     if (threadIdx.x < K::kProducers) produce<K>(p, &map_q, &map_k, &map_v, &map_o, shared);
     else if (threadIdx.x < 64) schedule<K>(p, &map_q, shared);
     else if (threadIdx.x < 96) store<K>(&map_o, shared);
     else if constexpr (K::SKIP) produce_values<K>(p, &map_v, shared);
   } else {
-    keep_registers<consumer_registers(K::COLUMNS)>();
+    keep_registers<consumer_registers(K::COLUMNS, K::GROUPS)>();
     consume<K>(p, shared);
   }
 }

@@ -3,10 +3,9 @@
 
 namespace sparse_attn::hopper {
 
-constexpr int BLOCK_M = 128;   // queries of a tile: two warpgroups of 64, the rows of one matrix instruction
 constexpr int BLOCK_N = 128;   // keys of a stage: a layout block, several small ones packed, or gathered columns
-constexpr int kThreads = 384;  // one producer and two consumer warpgroups
-constexpr int kConsumers = 256;
+constexpr int kMostGroups = 3;  // consumer warpgroups: three at head size 64 where all rows read the same keys (582 TFLOPS for
+                                // 543, full S16384 on an H200), else two, whose 128 queries are a block of the layouts
 constexpr int kChunk = 64;     // 16-bit elements of a 128-byte swizzled row
 constexpr int kTiles = 2;      // Q tiles in flight: the next item's first product starts before this one's last
 
@@ -18,9 +17,11 @@ constexpr int key_stages(int head_dim, bool skip) { return head_dim <= 64 ? 4 : 
 constexpr int value_stages(int head_dim, bool rounds) { return head_dim <= 64 ? 4 : rounds ? 3 : 2; }
 
 // Registers of a producer's thread; the consumers get the rest. The least without spills: the addresses of gathered
-// keys take many. At most 168 x 384 in all.
-constexpr int producer_registers(bool gathers) { return gathers ? 72 : 40; }
-constexpr int consumer_registers(bool gathers) { return 252 - producer_registers(gathers) / 2; }
+// keys take many. At most 168 x 384 in all, or 128 x 512.
+constexpr int producer_registers(bool gathers, int groups) { return groups == 3 ? 32 : gathers ? 72 : 40; }
+constexpr int consumer_registers(bool gathers, int groups) {
+  return groups == 3 ? 160 : 252 - producer_registers(gathers, groups) / 2;
+}
 
 // Of the 16 pairs of a row, after how many exponentials P V of the stage before is waited for, so that the rest hides
 // the packing and the rescaling. At 4, 8, 12, 16: 1.018, 1.018, 0.997, 0.954 of FA3 (full

@@ -8,12 +8,12 @@ namespace sparse_attn::hopper {
 template <typename Element, int HEAD_DIM, int KEY_BLOCK, Variant VARIANT>
 void launch(const AttendFwdParams& p, const TensorMaps& maps, int blocks, cudaStream_t stream) {
   using K = Kernel<Element, HEAD_DIM, KEY_BLOCK, VARIANT == Variant::kHalves || VARIANT == Variant::kSkip,
-                   VARIANT == Variant::kSkip, VARIANT == Variant::kColumns>;
+                   VARIANT == Variant::kSkip, VARIANT == Variant::kColumns, VARIANT == Variant::kTall ? 3 : 2>;
   auto* kernel = attend_fwd_kernel<K>;
   constexpr int bytes = sizeof(SharedStorage<K>) + 1024;  // to align it
   // A failure here shows as the launch error that the caller checks.
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<blocks, kThreads, bytes, stream>>>(p, maps.q, maps.k, maps.v, maps.o);
+  kernel<<<blocks, K::kThreads, bytes, stream>>>(p, maps.q, maps.k, maps.v, maps.o);
 }
 
 }  // namespace sparse_attn::hopper

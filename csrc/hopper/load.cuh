@@ -86,12 +86,12 @@ __device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Wo
   constexpr int kPieces = K::HEAD_DIM / 8;
   const int lane = threadIdx.x % 32;
   auto* out = static_cast<typename K::Element*>(p.out) + work.batch * p.out_stride_b + work.head * p.out_stride_h;
-  for (int i = lane; i < BLOCK_M * kPieces; i += 32) {
+  for (int i = lane; i < K::BLOCK_M * kPieces; i += 32) {
     const int query = work.first_query[i / kPieces / 64] + i / kPieces % 64;
     if (query < p.L)
       *reinterpret_cast<uint4*>(out + query * p.out_stride_m + i % kPieces * 8) = make_uint4(0, 0, 0, 0);
   }
-  for (int i = lane; i < BLOCK_M; i += 32) {
+  for (int i = lane; i < K::BLOCK_M; i += 32) {
     const int query = work.first_query[i / 64] + i % 64;
     if (query < p.L) p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = -INFINITY;
   }
@@ -134,9 +134,9 @@ __device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K
   const int tile = turn % kTiles;
   wait_calmly<K>(&shared.q_empty[tile], ((turn / kTiles) & 1) ^ 1);
   if (threadIdx.x % 32 == 0) {
-    mbarrier_expect_bytes(&shared.q_full[tile], BLOCK_M * K::HEAD_DIM * sizeof(typename K::Element));
+    mbarrier_expect_bytes(&shared.q_full[tile], K::BLOCK_M * K::HEAD_DIM * sizeof(typename K::Element));
 #pragma unroll
-    for (int g = 0; g < 2; ++g)
+    for (int g = 0; g < K::GROUPS; ++g)
 #pragma unroll
       for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
         tma_load(shared.q[tile] + (g * K::HEAD_DIM + chunk * kChunk) * 64, map_q, &shared.q_full[tile],
@@ -148,16 +148,16 @@ __device__ __forceinline__ void load_q(const CUtensorMap* map_q, SharedStorage<K
 // Writes the outputs of the turn-th item, and frees its tile. One warp.
 template <typename K>
 __device__ __forceinline__ void store_output(const CUtensorMap* map_o, SharedStorage<K>& shared, int batch, int head,
-                                             int first_query, int second_query, int turn) {
+                                             const int (&first_query)[kMostGroups], int turn) {
   const int tile = turn % kTiles;
   wait_calmly<K>(&shared.o_full[tile], (turn / kTiles) & 1);
   if (threadIdx.x % 32 == 0) {
 #pragma unroll
-    for (int g = 0; g < 2; ++g)
+    for (int g = 0; g < K::GROUPS; ++g)
 #pragma unroll
       for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
         tma_store(map_o, shared.q[tile] + (g * K::HEAD_DIM + chunk * kChunk) * 64, chunk * kChunk,
-                  g == 0 ? first_query : second_query, head, batch, kEvictFirst);
+                  first_query[g], head, batch, kEvictFirst);
     tma_store_commit();
     tma_store_wait();
     mbarrier_arrive(&shared.q_empty[tile]);
@@ -171,7 +171,7 @@ __device__ __forceinline__ void store(const CUtensorMap* map_o, SharedStorage<K>
   for (int turn = 0;; ++turn) {
     const Work work = take_work(shared, turn);
     if (work.is_last) break;
-    store_output<K>(map_o, shared, work.batch, work.head, work.first_query[0], work.first_query[1], turn);
+    store_output<K>(map_o, shared, work.batch, work.head, work.first_query, turn);
   }
 }
 
@@ -193,7 +193,7 @@ __device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtenso
 template <typename K>
 __device__ __forceinline__ void produce_values(const AttendFwdParams& p, const CUtensorMap* map_v,
                                                SharedStorage<K>& shared) {
-  constexpr unsigned kWarps = kConsumers / 32;
+  constexpr unsigned kWarps = K::kConsumers / 32;
   const int lane = threadIdx.x % 32;
   unsigned step = 0;
   auto vote_of = [&](unsigned stage) { return load_note(&shared.votes[stage % 4][lane % kWarps]); };
@@ -230,6 +230,7 @@ __device__ __forceinline__ void produce_values(const AttendFwdParams& p, const C
         } else {
           mbarrier_arrive(&shared.v_full[slot]);
         }
+        store_note(&shared.brought, step + 1);
       }
       __syncwarp();
     }
@@ -265,7 +266,7 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
     if (K::COLUMNS && thread < 32) publish<K>(p, shared, item, turn);
   };
   auto store_next = [&] {
-    store_output<K>(map_o, shared, unstored.batch, unstored.head, unstored.first_query, unstored.first_query + 64, stored++);
+    store_output<K>(map_o, shared, unstored.batch, unstored.head, {unstored.first_query, unstored.first_query + 64}, stored++);
     unstored = latest;
   };
 

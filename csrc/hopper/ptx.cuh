@@ -81,6 +81,28 @@ __device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_
   return __all_sync(0xffffffff, done);
 }
 
+// The same, and before that whether `number` has come to `least`, without which a parity may be that of two phases before.
+__device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_t* b, int phase_b, const unsigned* number,
+                                               unsigned least) {
+  int done;
+  asm volatile(
+      "{\n"
+      ".reg .pred a, b;\n"
+      ".reg .s32 number;\n"
+      "ld.volatile.shared::cta.s32 number, [%5];\n"
+      "sub.s32 number, number, %6;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 a, [%1], %2;\n"
+      "setp.ge.and.s32 a, number, 0, a;\n"
+      "mov.pred b, a;\n"
+      "@a mbarrier.test_wait.parity.shared::cta.b64 b, [%3], %4;\n"
+      "selp.s32 %0, 1, 0, b;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(smem_address(a)), "r"(phase_a), "r"(smem_address(b)), "r"(phase_b), "r"(smem_address(number)), "r"(least)
+      : "memory");
+  return __all_sync(0xffffffff, done);
+}
+
 // -- numbers in shared memory that another warp looks at ------------------------------------------------
 // Without release and acquire, which would cost a memory barrier each: what they tell of, wgmma's reads, is over when
 // its wait returns, before the number is written.
@@ -88,10 +110,21 @@ __device__ __forceinline__ bool mbarriers_test(uint64_t* a, int phase_a, uint64_
 __device__ __forceinline__ void store_note(unsigned* where, unsigned x) {
   asm volatile("st.volatile.shared::cta.u32 [%0], %1;" ::"r"(smem_address(where)), "r"(x) : "memory");
 }
+// The same without a branch, by the threads for which `is_mine`.
+__device__ __forceinline__ void store_note_if(bool is_mine, unsigned* where, unsigned x) {
+  asm volatile("{\n.reg .pred mine;\nsetp.ne.s32 mine, %2, 0;\n@mine st.volatile.shared::cta.u32 [%0], %1;\n}\n" ::"r"(
+                   smem_address(where)),
+               "r"(x), "r"(int(is_mine))
+               : "memory");
+}
 __device__ __forceinline__ unsigned load_note(const unsigned* where) {
   unsigned x;
   asm volatile("ld.volatile.shared::cta.u32 %0, [%1];" : "=r"(x) : "r"(smem_address(where)) : "memory");
   return x;
+}
+
+__device__ __forceinline__ void wait_for_note(const unsigned* where, unsigned least) {
+  while (int(load_note(where) - least) < 0);
 }
 
 // -- named barriers ---------------------------------------------------------------------------------
@@ -102,6 +135,22 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
 
 __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Whether all 128 threads that meet at a barrier say so; for each warp in a uniform predicate.
+__device__ __forceinline__ bool all_of_group(int id, bool x) {
+  int all;
+  asm volatile(
+      "{\n"
+      ".reg .pred own, all;\n"
+      "setp.ne.s32 own, %2, 0;\n"
+      "bar.red.and.pred all, %1, 128, own;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}\n"
+      : "=r"(all)
+      : "r"(id), "r"(int(x))
+      : "memory");
+  return __all_sync(0xffffffff, all);
 }
 
 // -- the bulk tensor copy engine --------------------------------------------------------------------
@@ -186,6 +235,7 @@ __device__ __forceinline__ void wgmma_wait() {
 // The same value in every lane, said so that the compiler keeps it, and all that follows from it, in uniform
 // registers: matrix descriptors live there.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+__device__ __forceinline__ bool same_in_warp(bool x) { return __any_sync(0xffffffff, x); }
 
 // Costs nothing: tells the compiler that registers change here, so that it moves no use of them across.
 template <int N>

@@ -7,24 +7,28 @@
 namespace sparse_attn::hopper {
 
 // A kernel of the family.
-//   HALVES   each warpgroup has a query block of 64 with a list of its own. Otherwise a block is the tile of 128 queries.
+//   HALVES   each warpgroup has a query block of 64 with a list of its own. Otherwise a block is the whole tile.
 //   SKIP     BLASST: a warpgroup leaves out a tile whose scores all lie far below its running maxima. The two lists are
 //            walked as one, whose entries say in two bits who reads them.
 //   COLUMNS  single keys beside the blocks, gathered.
-template <typename Element_, int HEAD_DIM_, int KEY_BLOCK_, bool HALVES_, bool SKIP_, bool COLUMNS_>
+//   GROUPS   consumer warpgroups, each with the 64 rows of one matrix instruction.
+template <typename Element_, int HEAD_DIM_, int KEY_BLOCK_, bool HALVES_, bool SKIP_, bool COLUMNS_, int GROUPS_>
 struct Kernel {
   using Element = Element_;
   static constexpr int HEAD_DIM = HEAD_DIM_, KEY_BLOCK = KEY_BLOCK_;
   static constexpr bool HALVES = HALVES_, SKIP = SKIP_, COLUMNS = COLUMNS_;
+  static constexpr int GROUPS = GROUPS_, BLOCK_M = 64 * GROUPS;
+  static constexpr int kConsumers = 128 * GROUPS, kThreads = 128 + kConsumers;
   // Two lists as stages that both warpgroups read, then rounds of one stage for each.
   static constexpr bool ROUNDS = HALVES && !SKIP;
   // The warpgroups take turns on the matrix unit. Where its work is the smaller part they need none: 519 TFLOPS, with
-  // turns 499 (head size 64, causal).
-  static constexpr bool TURNS = HEAD_DIM > 64;
+  // turns 499 (head size 64, causal); nor with SKIP: 27.1 ms, with turns 28.6 (H200, S65536, 94 % skipped).
+  static constexpr bool TURNS = HEAD_DIM > 64 && !SKIP;
   static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
   static constexpr int kKeyStages = key_stages(HEAD_DIM, SKIP), kValueStages = value_stages(HEAD_DIM, ROUNDS);
   static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
   static constexpr int kArrivals = COLUMNS ? 128 : 1;    // that fill a stage
+  static constexpr int kUnroll = GROUPS == 2 ? 2 : 1;    // stages a loop: two need 171 registers, and three warpgroups have 160
 };
 
 // A place in a ring of barriers: which of them, and the parity of its phase.
@@ -49,11 +53,11 @@ struct Ring<STAGES> {
 
 constexpr int kNoKey = 0x7fffffff;  // in a slot of a stage that holds no column
 
-// One work item: 128 queries of one head, and the lists that they read. Stages run: columns, blocks, columns
+// One work item: 64 queries a warpgroup of one head, and the lists that they read. Stages run: columns, blocks, columns
 // that need a mask, blocks that need a mask.
 struct Work {
   int batch, head;
-  int first_query[2];  // of each warpgroup
+  int first_query[kMostGroups];  // of each warpgroup
   int count;           // stages
   int unmasked;        // leading stages that need no mask; with ROUNDS, that both warpgroups read
   int rounds, masked_rounds;  // with ROUNDS, after those: two stages each
@@ -91,8 +95,8 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
   } else {
     const int block = order[place];
     row = group * p.num_query_blocks + block;
-    work.first_query[0] = block * BLOCK_M;
-    work.first_query[1] = block * BLOCK_M + 64;
+#pragma unroll
+    for (int g = 0; g < K::GROUPS; ++g) work.first_query[g] = block * K::BLOCK_M + 64 * g;
   }
   work.list = p.offsets[row];
   if constexpr (K::ROUNDS) {
@@ -106,13 +110,13 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
   }
   if constexpr (K::SKIP) work.skip_below = p.skip_below[batch_head] / p.scale;
   if constexpr (K::COLUMNS) {
-    const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / BLOCK_M;
+    const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / K::BLOCK_M;
     work.columns = p.column_bounds[block_row * 2] / BLOCK_N;
     work.visible_columns = p.column_bounds[block_row * 2 + 1];
     const int stages = (work.visible_columns + BLOCK_N - 1) / BLOCK_N;
     work.masked_columns = stages - work.columns;
     work.column_list =
-        p.column_offsets[group * p.column_rows + work.first_query[0] / BLOCK_M / p.column_group];
+        p.column_offsets[group * p.column_rows + work.first_query[0] / K::BLOCK_M / p.column_group];
     work.count += stages;
     work.unmasked += work.columns;
   }
@@ -135,7 +139,7 @@ __device__ __forceinline__ Work read_work(const Work& shared, int group) {
 template <typename K>
 struct alignas(1024) SharedStorage {
   using Element = typename K::Element;
-  Element q[kTiles][BLOCK_M * K::HEAD_DIM];  // [2 warpgroups][HEAD_DIM / 64][64][64], swizzled; then O, the same
+  Element q[kTiles][K::BLOCK_M * K::HEAD_DIM];  // [GROUPS][HEAD_DIM / 64][64][64], swizzled; then O, the same
   Element k[K::kKeyStages][BLOCK_N * K::HEAD_DIM];    // [HEAD_DIM / 64][BLOCK_N][64], swizzled
   Element v[K::kValueStages][BLOCK_N * K::HEAD_DIM];
   uint64_t q_full[kTiles], o_full[kTiles], q_empty[kTiles];
@@ -144,8 +148,9 @@ struct alignas(1024) SharedStorage {
   Work work[2];  // the next item is found while the consumers are at the last
   float nothing;          // for hold_until
   // With SKIP, of the last four stages: what each consumer warp voted, 2 * (1 + stage) + (it keeps the tile).
-  alignas(16) unsigned votes[4][kConsumers / 32];
+  alignas(16) unsigned votes[4][K::kConsumers / 32];
   unsigned done[2];       // with SKIP: stages whose V each warpgroup will not read again
+  unsigned brought;       // with SKIP: stages whose V was asked for, or left out
   int words[K::kKeyStages][K::kEntries];  // of the list, of each block in a K tile
   alignas(16) int columns[K::COLUMNS ? K::kKeyStages : 1][BLOCK_N];  // keys in a K tile of columns
 };

@@ -2,6 +2,7 @@
 
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kBlocks);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 64, kBlocks);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kTall);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 64, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kSkip);
