@@ -45,15 +45,17 @@ FEW = 16  # queries up to which a sequence counts as decoding
 DENSE_BLOCK = 128
 UNIT = 128  # keys by which prompts are placed: the key blocks of those that go together divide it
 MIN_ROWS = 16  # of a query block: what Triton takes, and a panel of the CPU engine
-MAX_BYTES = 256 << 20  # gathered keys and values of one call; a longer sequence has a call of its own
+# Gathered keys and values of one call; a longer sequence has its own. On a CPU more at once is slower:
+# memory of that size comes fresh from the system at every call, page by page.
+MAX_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 # Keys of a batch, padding included, to those of its sequences: padding is copied, but not attended.
 MAX_PADDING = {"prompts": 1.5, "votes": 4.0}
 _HOST = torch.device("cpu")
 
 
 def launches_cost(device: torch.device) -> bool:
-    """Whether prompts gain by going together. On a CPU a call of its own costs a prompt less than the rows
-    that a batch rounds it up to."""
+    """Whether sequences gain by sharing a call even where that adds rows (prompts, and decoding where BLASST
+    votes). On a CPU a call costs less than the rows that a batch rounds up to."""
     return device.type != "cpu"
 
 
@@ -84,10 +86,12 @@ class PagedCall:
     def pages(self) -> Pages:
         return Pages(self.caches[0].shape[1], self.table.shape[1], self.num_kv_heads, self.query.device)
 
-    def num_bytes(self, keys: int) -> int:
-        """Of the gathered keys and values of so many tokens."""
+    @property
+    def max_keys(self) -> int:
+        """How many tokens' keys and values may be gathered at once."""
         dims = sum(x.shape[3] for x in self.caches)
-        return keys * self.num_kv_heads * dims * self.caches[0].element_size()
+        bytes_each = self.num_kv_heads * dims * self.caches[0].element_size()
+        return MAX_BYTES.get(self.query.device.type, MAX_BYTES["cuda"]) // bytes_each
 
 
 def attend_paged(each: Each, call: PagedCall) -> tuple[Tensor, Tensor]:
@@ -193,7 +197,8 @@ class _Run:
         """What is equal for sequences that may go together; the sequence; its plan where shape decides it."""
         each, device = self.each, self.call.query.device
         is_few = x.L <= FEW and x.L <= x.S
-        is_prompt = each.is_causal and x.L <= x.S and launches_cost(device)
+        may_add_rows = launches_cost(device)
+        is_prompt = each.is_causal and x.L <= x.S and may_add_rows
         if each.is_dense(x.L, x.S):
             if is_few:
                 return ("tokens", DENSE_BLOCK, 1), x, None
@@ -217,7 +222,7 @@ class _Run:
                 return ("tokens", layout.block_n, layout.heads), x, plan
             rows, first = self.vote_rows(plan), (x.S - x.L) % unit
             is_one_block = first // rows == (first + x.L - 1) // rows and not unit % layout.block_n
-            if is_one_block and (each.is_causal or x.L == 1):
+            if is_one_block and may_add_rows and (each.is_causal or x.L == 1):
                 return ("votes", rows, layout.block_n, layout.heads), x, plan
         if not is_prompt or (plan is not None and unit % plan.layout.block_n):
             return None, x, None
@@ -361,7 +366,7 @@ def _portions(call: PagedCall, group: _Some, unit: int) -> list[_Some]:
     keys = 0
     for x, plan in group:
         room = -(-x.S // unit) * unit
-        if not portions or call.num_bytes(keys + room) > MAX_BYTES:
+        if not portions or keys + room > call.max_keys:
             portions.append([])
             keys = 0
         portions[-1].append((x, plan))
@@ -378,7 +383,7 @@ def _batches(call: PagedCall, group: _Some, unit: int, kind: str) -> list[_Some]
         joint = (max(most[0], own[0]), max(most[1], own[1]))
         keys = -(-sum(joint) // unit) * unit * (len(batches[-1]) + 1 if batches else 1)
         room = -(-x.S // unit) * unit
-        if not batches or keys > MAX_PADDING[kind] * (real + room) or call.num_bytes(keys) > MAX_BYTES:
+        if not batches or keys > MAX_PADDING[kind] * (real + room) or keys > call.max_keys:
             batches.append([])
             joint, real = own, 0
         batches[-1].append((x, plan))

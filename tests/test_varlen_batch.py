@@ -31,7 +31,7 @@ KINDS = {
 
 @pytest.fixture
 def together(monkeypatch):
-    """Prompts too share calls, as on a GPU."""
+    """Prompts and votes too share calls, as on a GPU."""
     monkeypatch.setattr(varlen_batch, "launches_cost", lambda device: True)
 
 
@@ -112,7 +112,9 @@ def test_bf16(calls, together):
 
 @pytest.mark.filterwarnings("ignore:s2_attention. no head reads")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "anchor"])
-def test_decoding_is_one_call(kind, calls):
+def test_decoding_is_one_call(kind, calls, request):
+    if "blasst" in kind:
+        request.getfixturevalue("together")
     batch = Batch(DECODING)
     batch.paged(**KINDS[kind])
     assert len(calls) == 1
@@ -132,9 +134,10 @@ def test_prompts_share_calls(kind, expected, calls, together):
     assert len(calls) == expected < len(PROMPTS)
 
 
-def test_prompts_have_calls_of_their_own_on_a_cpu(calls):
+def test_prompts_and_votes_have_calls_of_their_own_on_a_cpu(calls):
     Batch(PROMPTS).paged(**KINDS["s2"])
-    assert len(calls) == len(PROMPTS)
+    Batch(DECODING).paged(**KINDS["blasst"])
+    assert len(calls) == len(PROMPTS) + len(DECODING)
 
 
 def test_sparse_and_dense_sequences_in_one_batch(calls, together):
@@ -159,7 +162,7 @@ def test_gathered_keys_are_bounded(calls, monkeypatch, together):
     expected = batch.paged(**KINDS["s2"])
     num_calls = len(calls)
     calls.clear()
-    monkeypatch.setattr(varlen_batch, "MAX_BYTES", 600 * HKV * (D + DV) * 4)
+    monkeypatch.setitem(varlen_batch.MAX_BYTES, "cpu", 600 * HKV * (D + DV) * 4)
     assert all(map(torch.equal, batch.paged(**KINDS["s2"]), expected))
     assert len(calls) > num_calls
     assert all(call.k.shape[0] * call.k.shape[2] <= 600 for call in calls)

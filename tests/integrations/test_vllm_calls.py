@@ -76,7 +76,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_of_decoding_is_one_call_a_layer(use, name, calls):
+def test_a_step_of_decoding_is_one_call_a_layer(use, name, calls, monkeypatch):
+    """On a CPU where BLASST votes only if that is told to be a GPU: rows are added."""
+    if name == "blasst":
+        monkeypatch.setattr(varlen_batch, "launches_cost", lambda device: True)
     builder, layers = use(SETTINGS[name])
     Batch(DECODING).run(builder, *layers[0])
     assert len(calls) == 1
@@ -104,7 +107,8 @@ def test_sharing_calls_changes_nothing(use, name, calls, monkeypatch, recipe):
             outs.append(batch.run(builder, *layers[name == "recipe"]).clone())
             counts.append(len(calls))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-    assert counts[0] > counts[1] > counts[2]
+    assert counts[0] >= counts[1] > counts[2]
+    assert (counts[0] > counts[1]) == (name != "blasst")
 
 
 @pytest.mark.parametrize("unread", [torch.nan, 3e30])
