@@ -42,6 +42,7 @@ def batches() -> dict[str, list[tuple[int, int]]]:
     lengths = [rng.randint(100, 600) for _ in range(8)]
     return {
         "decode 32 x 500-2000": decoding,
+        "decode 32 x 50-300": [(1, rng.randint(50, 300)) for _ in range(32)],
         "decode 1 x 32768": [(1, 32768)],
         "prefill 8 x 100-600": [(n, n) for n in lengths],
         "prefill 8 x 100-600 after 512": [(n, n + 512) for n in lengths],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparse_attn.attend import Attended, attend
 from sparse_attn.checks import autocast
-from sparse_attn.engines import AttendCall, choose
+from sparse_attn.engines import ENGINES, AttendCall, choose
 from sparse_attn.methods.blasst import full_layout
 from sparse_attn.plan import Plan
 from sparse_attn.varlen_join import (
@@ -57,6 +57,13 @@ def launches_cost(device: torch.device) -> bool:
     """Whether sequences gain by sharing a call even where that adds rows (prompts, and decoding where BLASST
     votes). On a CPU a call costs less than the rows that a batch rounds up to."""
     return device.type != "cpu"
+
+
+def token_rows(query: Tensor) -> int:
+    """Rows of a decoded token's query block, at least: what an engine computes at once anyway."""
+    if query.device.type == "cpu" and query.element_size() == 2 and ENGINES["cpu"].instruction_set() == "amx":
+        return 64  # from here on the CPU engine packs 16-bit keys for AMX tiles
+    return MIN_ROWS
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +254,7 @@ class _Run:
         unit = lcm(self.call.pages.size, block_n)
         num_heads, num_kv_heads = self.call.query.shape[1], self.call.num_kv_heads
         fold = num_heads // num_kv_heads if heads in (1, num_kv_heads) else 1
-        block_m = max(MIN_ROWS, 1 << (fold - 1).bit_length())
+        block_m = max(token_rows(self.call.query), 1 << (fold - 1).bit_length())
         for part in _portions(self.call, group, unit):
             joined = join_tokens(
                 tuple(None if own is None else own.layout for _, own in part),
