@@ -21,13 +21,13 @@ from torch import Tensor
 
 from sparse_attn.attend import Attended, attend
 from sparse_attn.checks import autocast
-from sparse_attn.engines import ENGINES, AttendCall, choose
+from sparse_attn.engines import AttendCall, choose
+from sparse_attn.engines.cpu import CpuEngine
 from sparse_attn.methods.blasst import full_layout
 from sparse_attn.plan import Plan
 from sparse_attn.varlen_join import (
     Joined,
     Member,
-    Needed,
     Pages,
     join_padded,
     join_tokens,
@@ -36,7 +36,7 @@ from sparse_attn.varlen_join import (
     prompt_pages,
     remembered_padded,
 )
-from sparse_attn.varlen_pages import gather_pages, needed_pages
+from sparse_attn.varlen_pages import gather_pages, gather_pages_by_head, needed_pages
 
 if TYPE_CHECKING:
     from sparse_attn.varlen import Each
@@ -61,7 +61,7 @@ def launches_cost(device: torch.device) -> bool:
 
 def token_rows(query: Tensor) -> int:
     """Rows of a decoded token's query block, at least: what an engine computes at once anyway."""
-    if query.device.type == "cpu" and query.element_size() == 2 and ENGINES["cpu"].instruction_set() == "amx":
+    if query.device.type == "cpu" and query.element_size() == 2 and CpuEngine().instruction_set() == "amx":
         return 64  # from here on the CPU engine packs 16-bit keys for AMX tiles
     return MIN_ROWS
 
@@ -262,7 +262,7 @@ class _Run:
                 self.call.pages,
                 is_causal=self.each.is_causal, block_m=block_m, block_n=block_n, unit=unit,
             )  # fmt: skip
-            k, v = self.gather(joined.pages, joined.needed)
+            k, v = self.gather(joined)
             q = self.call.query.index_select(0, joined.queries).unflatten(1, (-1, fold))
             rows = q.new_zeros(q.shape[1], len(q), block_m, q.shape[3])
             rows[:, :, :fold] = q.transpose(0, 1)
@@ -284,7 +284,7 @@ class _Run:
             tuple(plan.layout for plan in plans), members, self.call.pages, place_few(members, unit),
             block_m=self.vote_rows(plans[0]),
         )  # fmt: skip
-        self.padded(part, joined, plans, *self.gather(joined.pages, joined.needed))
+        self.padded(part, joined, plans, *self.gather(joined))
 
     def by_prompts(self, part: _Some, unit: int) -> None:
         if len(part) == 1:
@@ -296,9 +296,9 @@ class _Run:
             joined = remembered_padded(
                 tuple(plan.layout for plan in plans), members, pages, place, block_m=plans[0].layout.block_m
             )
-            return self.padded(part, joined, plans, *self.gather(joined.pages, joined.needed))
+            return self.padded(part, joined, plans, *self.gather(joined))
         index = prompt_pages(members, pages, place).to(pages.device)
-        k, v = self.gather(index)
+        k, v = gather_pages(self.call.caches, self.pages_at(index), None, self.call.kv_heads)
         own = [
             (k[n, None, :, first : first + x.S], v[n, None, :, first : first + x.S])
             for n, (x, first) in enumerate(zip(members, place.first_key, strict=True))
@@ -331,10 +331,15 @@ class _Run:
             lse = result.lse.transpose(0, 1).flatten(1, 2).index_select(1, joined.results)
             self.put(part, joined, out, lse)
 
-    def gather(self, index: Tensor, needed: Needed | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the pages that `index` names in the flattened block table."""
-        pages = self.call.table.flatten()[index].long()
-        return gather_pages(self.call.caches, pages, needed, self.call.kv_heads)
+    def gather(self, joined: Joined) -> tuple[Tensor, Tensor]:
+        pages = self.pages_at(joined.pages)
+        if joined.by_head:
+            return gather_pages_by_head(self.call.caches, pages, self.call.kv_heads)
+        return gather_pages(self.call.caches, pages, joined.needed, self.call.kv_heads)
+
+    def pages_at(self, index: Tensor) -> Tensor:
+        """Pages that `index` names in the flattened block table."""
+        return self.call.table.flatten()[index].long()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, is_causal: bool) -> Attended | None:
         """None: no engine runs it but the reference, which reads what no list names."""

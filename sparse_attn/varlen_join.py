@@ -3,7 +3,8 @@
 * `join_tokens`, for decoding: every token is a query block of its own, and the keys of all sequences lie one
   after the other on one axis. The query heads of a key head are the rows of the block, so that they share
   its list and its keys. A list names the blocks that its token sees whole; of a last block that the token
-  sees in part, the keys are columns. So nothing is masked, and sequences of any lengths go together.
+  sees in part, the keys are columns. So nothing is masked, and sequences of any lengths go together. What a
+  key head does not need is left out of its axis.
 * `join_padded`, for prompts: every sequence is an entry of the batch with the block lists that it has alone.
   All must have the causal edge of the call, so each is placed where its own edge and the call's agree.
 
@@ -13,7 +14,7 @@ Letters as in `varlen`; B entries of the joined batch, P pages of each, Lr rows 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -59,7 +60,7 @@ class Joined:
 
     Attributes:
         layout: batch B.
-        pages: int64 [B, P], entries of the flattened block table.
+        pages: int64 [B, P], entries of the flattened block table; or with `by_head` [Hkv, P] for B = 1.
         needed: batch, key head and column of `pages` of those that some list names; None: all.
         queries: int64, the token that each row of `layout` takes, for `join_tokens` one for each query block.
         results, tokens: int64 [tokens], the row that has the result of each token; `join_tokens` has them in
@@ -75,6 +76,7 @@ class Joined:
     results: Tensor
     tokens: Tensor
     tails: tuple[Tensor, Tensor, Tensor] | None = None
+    by_head: bool = False
 
 
 # -- decoding -------------------------------------------------------------------------------------
@@ -113,16 +115,51 @@ def join_tokens(
         layout = SparseLayout(
             blocks, block_m, block_n, len(owner) * block_m, int(room.sum()), 1, heads, columns
         )
-        table = _page_index(members, pages, torch.zeros_like(room), room // pages.size)[None]
+        count = room // pages.size
+        table = _page_index(members, pages, torch.zeros_like(room), count)[None]
+        is_padding = ramp(count) >= (-(-lengths[:, 1] // pages.size)).repeat_interleave(count)
+        layout, table, by_head = _without_unneeded(layout, table, is_padding, pages, unit)
         queries = torch.tensor([x.start for x in members])[owner] + within
         return Joined(
-            _on(layout, pages.device, False),
-            table.to(pages.device),
-            _needed(layout, members, pages, [(0, int(x)) for x in room.cumsum(0) - room]),
-            queries.to(pages.device),
-            torch.arange(len(owner)).to(pages.device),
-            queries.to(pages.device),
-        )
+            _on(layout, pages.device, False), table.to(pages.device), None, queries.to(pages.device),
+            torch.arange(len(owner)).to(pages.device), queries.to(pages.device), by_head=by_head,
+        )  # fmt: skip
+
+
+def _without_unneeded(
+    layout: SparseLayout, table: Tensor, is_padding: Tensor, pages: Pages, unit: int
+) -> tuple[SparseLayout, Tensor, bool]:
+    """The layout over axes without the units of keys that the key head does not need, the pages [Hkv, P] of
+    those axes, and True; or layout, pages and False, where every head needs all pages but padding."""
+    per_unit, per_block = unit // pages.size, unit // layout.block_n
+    needed = needed_pages(layout, pages.num_kv_heads, pages.size)[0]
+    if (needed | is_padding).all() or not needed.any():
+        return layout, table, False
+    needed = needed.unflatten(1, (-1, per_unit))
+    units = needed.any(2)
+    counts = units.sum(1, keepdim=True)
+    most = int(counts.max())
+    needed_first = torch.sort(~units, dim=1, stable=True).indices
+    chosen = needed_first[:, :most]
+    chosen = chosen.where(torch.arange(most) < counts, chosen[:, :1])
+    # Of a unit that is needed in part, the first needed page stands for the others.
+    own = torch.where(needed, torch.arange(per_unit), needed.int().argmax(2, keepdim=True))
+    page = chosen[..., None] * per_unit + own.gather(1, chosen[..., None].expand(-1, -1, per_unit))
+    place = units.cumsum(1) - 1
+    group = max(layout.heads // pages.num_kv_heads, 1)
+
+    def moved(lists: IndexList, size: int) -> IndexList:
+        """Numbers of keys or blocks, `size` of them in a unit."""
+        row = torch.arange(lists.rows).repeat_interleave(lists.lengths)
+        head = torch.div(row, lists.rows // layout.heads * group, rounding_mode="floor")
+        number = lists.indices[: len(row)].long()
+        number = place[head, number // size] * size + number % size
+        return IndexList(lists.offsets, number.to(torch.int32) if len(row) else lists.indices)
+
+    assert layout.columns is not None
+    blocks, columns = moved(layout.blocks, per_block), moved(layout.columns, unit)
+    smaller = replace(layout, blocks=blocks, columns=columns, S=most * unit, _cache={})
+    return smaller, table[0, page.flatten(1)], True
 
 
 def _token_lists(

@@ -78,3 +78,25 @@ def gather_pages(
             own[batch, head, page] = cache[pages[batch, page], :, chosen[head]]
         parts.append(own.flatten(2, 3))
     return parts[0], parts[1]
+
+
+def gather_pages_by_head(
+    caches: tuple[Tensor, Tensor], pages: Tensor, heads: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys [1, Hkv, P * page_size, D] and values [1, Hkv, P * page_size, Dv], other pages for each key head.
+
+    Args:
+        caches, heads: as `gather_pages`.
+        pages: int64 [Hkv, P].
+    """
+    heads = range(caches[0].shape[2]) if heads is None else heads
+    parts = []
+    for cache in caches:
+        if cache.device.type == "cpu":  # whole pages are copied faster than they are indexed
+            own = cache.new_empty(*pages.shape, cache.shape[1], cache.shape[3])
+            for n, head in enumerate(heads):
+                torch.index_select(cache[:, :, head], 0, pages[n], out=own[n])
+        else:
+            own = cache[pages, :, torch.tensor(heads).to(pages.device, non_blocking=True)[:, None]]
+        parts.append(own.flatten(1, 2)[None])
+    return parts[0], parts[1]

@@ -127,6 +127,17 @@ def test_decoding_is_one_call(kind, calls, request):
     assert len(calls) == 1
 
 
+@pytest.mark.filterwarnings("ignore:s2_attention. no head reads")
+@pytest.mark.parametrize("by_query_head", [False, True])
+def test_decoding_leaves_out_the_keys_that_a_head_does_not_need(by_query_head, calls):
+    """One of six blocks and the window; with a pattern for each query head one of three for a key head."""
+    options = {**KINDS["s2"], "vert_stride": 6, "block_size": 16, "per_query_head": by_query_head}
+    batch = Batch([(1, 1000), (2, 700), (1, 9)])
+    batch.check(**options)
+    most = calls[0].k.shape[2]
+    assert len(calls) == 1 + 3 and most < 1709 / (2 if by_query_head else 4)
+
+
 @pytest.mark.parametrize(("kind", "expected"), [("dense", 2), ("blasst", 2), ("s2", 2), ("anchor", 2)])
 def test_prompts_share_calls(kind, expected, calls, together):
     """Dense ones whatever their prefix, but very unequal lengths are not padded to each other; others where
