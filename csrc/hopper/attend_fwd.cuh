@@ -49,15 +49,12 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
     for (int r = 0; r < 2; ++r) sum[r] += __shfl_xor_sync(0xffffffff, sum[r], step);
 #pragma unroll
   for (int r = 0; r < 2; ++r) inverse[r] = sum[r] == 0.f ? 0.f : reciprocal_fast(sum[r]);
-  // Of the four lanes that hold two rows, the first and the second write one lse each: from the shift as the exponentials
-  // had it, rounding and all. (lg2.approx is 2e-6 off where the sum is large, and 1e-7 with the power of two taken apart.)
+  // Of the four lanes that hold two rows, the first and the second write one lse each. The shift is as the exponentials
+  // had it, rounding and all.
   const int own = lane % 2, query = work.first_query[0] + warp * 16 + lane / 4 + 8 * own;
-  if (lane % 4 < 2 && query < p.L) {
-    constexpr float kLn2 = 0.69314718f;
-    const float shift = (own ? state.maximum[1] : state.maximum[0]) * p.scale_log2, total = own ? sum[1] : sum[0];
-    const float lse = total == 0.f ? -INFINITY : fmaf(shift, kLn2, logf(total));
-    p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = lse;
-  }
+  const float shift = (own ? state.maximum[1] : state.maximum[0]) * p.scale_log2;
+  if (lane % 4 < 2 && query < p.L)
+    p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = log_sum(own ? sum[1] : sum[0], shift);
   if (__any_sync(0xffffffff, inverse[0] == 0.f || inverse[1] == 0.f)) {
     // Rows that attend nothing may hold anything, even NaN.
 #pragma unroll

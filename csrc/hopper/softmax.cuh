@@ -44,6 +44,17 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// ln(sum 2^shift), -inf where the sum is 0. lg2.approx is good to 2^-22 between 1 and 2, so the power of two goes apart.
+// (sum - sum) is 0, or NaN where the sum is.
+__device__ __forceinline__ float log_sum(float sum, float shift) {
+  constexpr float kLn2 = 0.69314718f;
+  const int bits = __float_as_int(sum);
+  float log2;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2) : "f"(__int_as_float((bits & 0x007fffff) | 0x3f800000)));
+  const float power = float((bits >> 23) - 127);
+  return sum == 0.f ? -INFINITY : fmaf(shift, kLn2, fmaf(power, kLn2, log2 * kLn2)) + (sum - sum);
+}
+
 // Where the keys end that this thread's two queries may see.
 __device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p, int query) {
 #pragma unroll

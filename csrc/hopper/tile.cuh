@@ -21,9 +21,10 @@ struct Kernel {
   static constexpr int kConsumers = 128 * GROUPS, kThreads = 128 + kConsumers;
   // Two lists as stages that both warpgroups read, then rounds of one stage for each.
   static constexpr bool ROUNDS = HALVES && !SKIP;
-  // The warpgroups take turns on the matrix unit. Where its work is the smaller part they need none: 519 TFLOPS, with
-  // turns 499 (head size 64, causal); nor with SKIP: 27.1 ms, with turns 28.6 (H200, S65536, 94 % skipped).
-  static constexpr bool TURNS = HEAD_DIM > 64 && !SKIP;
+  // The warpgroups take turns on the matrix unit where stages are their own or gathered: 662 TFLOPS, without turns 657 (S2
+  // S32768). Elsewhere they do better without: lists of density 0.5 756 and 746, head size 64 519 and 499, the skip 27.1 ms and
+  // 28.6 (S65536, 94 % left out). All but head size 64 on an H200.
+  static constexpr bool TURNS = HEAD_DIM > 64 && (ROUNDS || COLUMNS);
   static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
   static constexpr int kKeyStages = key_stages(HEAD_DIM, SKIP), kValueStages = value_stages(HEAD_DIM, ROUNDS);
   static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
