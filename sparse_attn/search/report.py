@@ -226,6 +226,7 @@ def draw_png(report: Report, path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     width, count = max(len(heads) for _, heads in report.layers), len(report.phases)
     figure = plt.figure(figsize=(15, max(6, 3 * count)), layout="constrained")
@@ -240,12 +241,14 @@ def draw_png(report: Report, path: Path) -> None:
             cells[y, : len(heads)] = [h.setting for h in heads]
         axes[0].imshow(cells, cmap=colours, vmin=-0.5, vmax=len(report.settings) - 0.5, aspect="auto")
         axes[0].set(title=title if count > 1 else "pattern of each head", xlabel="head", ylabel="layer")
-        for axis, values, name in (
+        for axis in (axes[0].xaxis, axes[0].yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        for bars, values, name in (
             (axes[1], errors, "relative error, rms of heads"),
             (axes[2], speedups, "predicted speedup"),
         ):
-            axis.barh(range(len(numbers)), [values[n] or 0 for n in numbers], color="#0072b2")
-            axis.set(title=name, ylim=(len(numbers) - 0.5, -0.5), yticks=[])
+            bars.barh(range(len(numbers)), [values[n] or 0 for n in numbers], color="#0072b2")
+            bars.set(title=name, ylim=(len(numbers) - 0.5, -0.5), xlim=(0, None), yticks=[])
     patches = [Patch(color=colour, label=f"{label} ({uses})") for label, colour, uses in report.settings]
     figure.legend(handles=patches, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
     _draw_curve(figure.add_subplot(grid[:, 3]), report)
