@@ -59,5 +59,23 @@ def on_vectors(monkeypatch):
     monkeypatch.setenv("SPARSE_ATTN_CPU_ISA", "baseline")
 
 
+@pytest.fixture
+def calls(monkeypatch, on_vectors) -> list:
+    """The calls of the CPU engine."""
+    from sparse_attn.engines import ENGINES
+
+    if reasons := ENGINES["cpu"].why_off():
+        pytest.skip("; ".join(reasons))
+    made: list = []
+    forward = type(ENGINES["cpu"]).forward
+
+    def counted(self, call):
+        made.append(call)
+        return forward(self, call)
+
+    monkeypatch.setattr(type(ENGINES["cpu"]), "forward", counted)
+    return made
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "plain_empty: leave torch.empty uninitialised (torch.compile tests)")

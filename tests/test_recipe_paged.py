@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from sparse_attn import varlen_batch
-from sparse_attn.engines import ENGINES
 from sparse_attn.methods.anchor import AnchorConfig
 from sparse_attn.methods.blasst import BlasstConfig
 from sparse_attn.methods.s2 import S2Config, s2_layout
@@ -57,22 +56,6 @@ class Batch:
             out = run_layer(plan, q.transpose(0, 1)[None], k, v, is_causal=True, **options)
             parts.append(out[0].transpose(0, 1))
         return torch.cat(parts)
-
-
-@pytest.fixture
-def calls(monkeypatch, on_vectors) -> list:
-    """The calls of the CPU engine."""
-    if reasons := ENGINES["cpu"].why_off():
-        pytest.skip("; ".join(reasons))
-    made: list = []
-    forward = type(ENGINES["cpu"]).forward
-
-    def counted(self, call):
-        made.append(call)
-        return forward(self, call)
-
-    monkeypatch.setattr(type(ENGINES["cpu"]), "forward", counted)
-    return made
 
 
 @pytest.mark.filterwarnings("ignore:s2_attention. no head reads")

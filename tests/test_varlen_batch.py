@@ -35,22 +35,6 @@ def together(monkeypatch):
     monkeypatch.setattr(varlen_batch, "launches_cost", lambda device: True)
 
 
-@pytest.fixture
-def calls(monkeypatch, on_vectors) -> list:
-    """The calls of the CPU engine."""
-    if reasons := ENGINES["cpu"].why_off():
-        pytest.skip("; ".join(reasons))
-    made: list = []
-    forward = type(ENGINES["cpu"]).forward
-
-    def counted(self, call):
-        made.append(call)
-        return forward(self, call)
-
-    monkeypatch.setattr(type(ENGINES["cpu"]), "forward", counted)
-    return made
-
-
 class Batch:
     """Sequences with (queries, keys) in shuffled pages; what is no key of theirs holds NaN."""
 

@@ -17,7 +17,6 @@ from vllm_batches import Batch, builder_and_layers, save_recipe, vllm_config
 from test_transformers_cost import LIMIT_US, cpu_us, ops
 
 from sparse_attn import varlen_batch
-from sparse_attn.engines import ENGINES
 from sparse_attn.integrations import vllm_backend as backend
 from sparse_attn.integrations import vllm_config as vllm_config_module
 from sparse_attn.integrations.vllm_config import ENV
@@ -48,23 +47,6 @@ def recipe(tmp_path, config):
 
 
 # -- several sequences in one call of an engine -----------------------------------------------------------
-
-
-@pytest.fixture
-def calls(monkeypatch, on_vectors) -> list:
-    """The calls of the CPU engine."""
-    if reasons := ENGINES["cpu"].why_off():
-        pytest.skip("; ".join(reasons))
-    made: list = []
-    forward = type(ENGINES["cpu"]).forward
-
-    def counted(self, call):
-        made.append(call)
-        return forward(self, call)
-
-    monkeypatch.setattr(type(ENGINES["cpu"]), "forward", counted)
-    return made
-
 
 DECODING = [(1, 40), (1, 1), (1, 333), (1, 90), (1, 128)]
 BLASST = {"threshold": 0.5, "block_m": 32, "block_n": 32}
