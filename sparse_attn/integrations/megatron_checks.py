@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_attn.methods import METHODS
 from sparse_attn.methods.base import Method
@@ -168,8 +169,23 @@ def check_alignment(kind: str, L: int, S: int) -> None:
         )
 
 
+_VERDICTS = WeakTensorKeyDictionary()  # mask -> what was asked of it last, and the answer
+
+
 def says(mask: Tensor, is_causal: bool, L: int, S: int) -> bool:
-    """Whether a mask (True: hidden) hides the keys behind the causal edge and no others."""
+    """Whether a mask (True: hidden) hides the keys behind the causal edge and no others. The layers of a step
+    share one mask, which is read once, and again where it was written to since."""
+    if mask.is_inference():  # it counts no writes
+        return _says(mask, is_causal, L, S)
+    question = (mask._version, is_causal, L, S)
+    asked, answer = _VERDICTS.get(mask, (None, False))
+    if asked != question:
+        answer = _says(mask, is_causal, L, S)
+        _VERDICTS[mask] = (question, answer)
+    return answer
+
+
+def _says(mask: Tensor, is_causal: bool, L: int, S: int) -> bool:
     if mask.is_floating_point() or mask.dim() < 2 or mask.shape[-1] != S or mask.shape[-2] not in (1, L):
         return False
     hidden = mask.bool()

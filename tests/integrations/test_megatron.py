@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sparse_attn as sa
+from sparse_attn.integrations import megatron_checks
 from sparse_attn.integrations.megatron import SparseCoreAttention, is_dense_layer, replace_core_attention
 from sparse_attn.methods import METHODS, Method
 from sparse_attn.methods.s2 import s2_attention, s2_layout
@@ -254,6 +255,22 @@ def test_masks_are_never_lost():
             chosen(q, k, v, padding, attn_mask_type=Mask.padding)
         with pytest.raises(ValueError, match="arbitrary"):
             chosen(q, k, v, None, attn_mask_type=Mask.arbitrary)
+
+
+def test_a_mask_that_layers_share_is_read_once(monkeypatch):
+    read = []
+    says = megatron_checks._says
+    monkeypatch.setattr(megatron_checks, "_says", lambda *args: read.append(args) or says(*args))
+    q, k, v = qkv(40)
+    mask = causal_mask(40)
+    for module in (core(), core()):
+        module(q, k, v, mask)
+    assert len(read) == 1
+    mask[..., 5, 3] = True
+    with pytest.raises(ValueError, match="Pack the sequences"):
+        core()(q, k, v, mask)
+    with torch.inference_mode():
+        core()(q, k, v, causal_mask(40))
 
 
 def test_calls_that_are_refused():
