@@ -60,6 +60,17 @@ def on_vectors(monkeypatch):
 
 
 @pytest.fixture
+def epyc_times(monkeypatch):
+    """A search's default times are those of one machine, whatever the tests run on."""
+    from sparse_attn.search import cost
+
+    monkeypatch.setattr(cost, "device_name", lambda device_type: "AMD EPYC avx2")
+    cost.shipped_table.cache_clear()
+    yield
+    cost.shipped_table.cache_clear()
+
+
+@pytest.fixture
 def calls(monkeypatch, on_vectors) -> list:
     """The calls of the CPU engine."""
     from sparse_attn.engines import ENGINES

@@ -402,7 +402,7 @@ def test_command_writes_its_files(tiny_directory, tmp_path) -> None:
         assert f"{row['density']:.1%}" in page and row["label"] in page
 
 
-def test_the_search_finds_the_recipe_of_its_row(tiny_directory, tmp_path) -> None:
+def test_the_search_finds_the_recipe_of_its_row(tiny_directory, tmp_path, epyc_times) -> None:
     """The row is what the recipe's file does to the model; the page shows every head's choice."""
     pytest.importorskip("scipy", reason="scipy is not installed")
     arguments = ("--tokens", "512", "--model", str(tiny_directory), "--output", str(tmp_path / "o"))

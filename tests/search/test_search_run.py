@@ -294,7 +294,7 @@ def test_a_process_killed_by_the_system_resumes_to_the_same_bytes(tmp_path):
 # -- other models -------------------------------------------------------------------------------------
 
 
-def test_any_function_that_calls_sdpa_can_be_searched(tmp_path):
+def test_any_function_that_calls_sdpa_can_be_searched(tmp_path, epyc_times):
     torch.manual_seed(0)
     weights = torch.randn(2, 3, 32, 32) * 0.4
 
