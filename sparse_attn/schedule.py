@@ -47,7 +47,8 @@ class Schedule:
 
     Attributes:
         order: int32 [B' * H', Lb]: query blocks, longest row first.
-        merged: query blocks `order[g, x * merge : (x + 1) * merge]` as one row.
+        merged: query blocks `order[g, x * merge : (x + 1) * merge]` as one row; of `tall_rows`, whose order
+            counts tiles, the list that all tiles begin.
         t_order: int32 [B' * (1 or Hkv), Sb]: key blocks, longest transposed row first.
         t_merged: the same for the transposed list; its rows are counted by the layout's heads.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_attn.engines import ENGINES, AttendCall
 from sparse_attn.layout import SparseLayout
 from sparse_attn.schedule import merged_pairs, paired_rounds, row_order, tall_rows
 
@@ -102,6 +103,21 @@ def test_tall_tiles_read_a_full_layout(causal, L, S):
         for block in range(layout.num_key_blocks):
             assert (block < unmasked) == all(_is_whole(block, m, 128, causal, L, S) for m in halves)
             assert (block < visible) == any(_is_seen(block, m, 128, causal, L, S) for m in halves)
+
+
+@pytest.mark.parametrize(
+    ("L", "D", "heads", "is_full", "is_tall"),
+    [(1153, 64, 96, True, True), (1153, 64, 48, True, False), (1153, 128, 96, True, False),
+     (1153, 64, 96, False, False)],
+    ids=["many", "few", "head size 128", "lists"],
+)  # fmt: skip
+def test_tall_tiles_are_taken_where_they_gain(L, D, heads, is_full, is_tall):
+    """7 tiles of 192 queries a head; from four for each of 132 processors on."""
+    q = torch.zeros(1).expand(1, heads, L, D)
+    full = SparseLayout.full(L, L)
+    layout = full if is_full else SparseLayout(full.blocks, 128, 128, L, L)
+    schedule = ENGINES["hopper"].schedule(AttendCall(q, q, q, layout, None, True, 0.125))
+    assert (schedule.merged is not None) == is_tall
 
 
 def test_a_full_layout_stays_full_elsewhere():
