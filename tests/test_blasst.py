@@ -249,3 +249,13 @@ def test_unsafe_lambda_runs_when_asked():
     _, at_one = sa.blasst_attention(q, k, v, 1.0, **common)
     out, stats = sa.blasst_attention(q, k, v, 50.0, allow_unsafe=True, **common)
     assert stats.kept.sum() < at_one.kept.sum() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["threshold", "threshold_scale"])
+def test_the_number_zero_makes_no_skip_rule(name):
+    """So that the dense kernels run; a tensor may hold anything, and is not looked at."""
+    q, k, _ = make(1, 2, 2, 64, 64, 32, torch.float32)
+    plan = select(q, k, BlasstConfig(**{name: 0.0}), is_causal=True, scale=1.0)
+    assert plan.skip_below is None
+    plan = select(q, k, BlasstConfig(**{name: torch.zeros(2)}), is_causal=True, scale=1.0)
+    assert plan.skip_below is not None and bool((plan.skip_below == -torch.inf).all())

@@ -106,7 +106,8 @@ def select(
     scale: float,
     context: Context | None = None,
 ) -> Plan:
-    """The layout (every tile unless the config names one) with ln(lambda) for each query head.
+    """The layout (every tile unless the config names one) with ln(lambda) for each query head; without a skip
+    rule where lambda is the number 0, which skips nothing.
 
     Raises:
         ValueError: lambda above 1 without `allow_unsafe`, or a tensor for other heads.
@@ -114,7 +115,14 @@ def select(
     layout = config.layout
     if layout is None:
         layout = full_layout(query.shape[2], key.shape[2], config.block_m, config.block_n, query.device)
+    if _is_number_zero(config.threshold) or _is_number_zero(config.threshold_scale):
+        return Plan(layout)  # no engine then needs to vote
     return Plan(layout, _log_lambda(config, query, key.shape[2]))
+
+
+def _is_number_zero(x: object) -> bool:
+    """Whether x is known to be 0 without asking a device."""
+    return isinstance(x, (int, float)) and x == 0
 
 
 def _log_lambda(config: BlasstConfig, query: Tensor, key_length: int) -> Tensor:
@@ -229,8 +237,8 @@ def blasst_attention(
         threshold_scale: lambda times S, the length-free form that calibration gives (section 3.3; about
             1000 for prefill of an 8B model at half the tiles). Exactly one of the two is given.
         block_m, block_n: queries and keys in a tile, default 128. They decide which tiles fall: keep
-            those that lambda was calibrated with. The Hopper engine takes 64 and 128. Ignored with
-            `layout`.
+            those that lambda was calibrated with. The Hopper engine takes 64 and 128 queries with
+            128 keys, and is faster with 64. Ignored with `layout`.
         layout: read only its tiles; default all. Its columns, if any, are never skipped.
         is_causal: query i sees keys j <= i + S - L, **bottom-right aligned**
             (`scaled_dot_product_attention` is upper-left; they agree when L == S).
