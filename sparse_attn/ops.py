@@ -27,7 +27,7 @@ _CALL = (
     "Tensor? t_offsets, Tensor? t_indices, Tensor? t_bounds, Tensor? skip_below, "
     "Tensor? order, Tensor? m_offsets, Tensor? m_indices, Tensor? m_bounds, "
     "Tensor? t_order, Tensor? tm_offsets, Tensor? tm_indices, Tensor? tm_bounds, "
-    "int batch, int heads, int block_m, int block_n, int column_group, bool alike, "
+    "int batch, int heads, int block_m, int block_n, int column_group, bool alike, bool full, "
     "bool is_causal, float scale, bool want_kept, str engine"
 )
 _NUM_TENSORS = 13 + NUM_FLAT
@@ -52,18 +52,19 @@ def flatten(call: AttendCall, engine: str) -> tuple[Any, ...]:
         transposed = (lists.offsets, lists.indices, layout.transposed_bounds(causal))
     blocks = (layout.blocks.offsets, layout.blocks.indices, layout.block_bounds(causal))
     group = 1 if layout.columns is None else layout.columns.group
-    shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group, layout.neighbours_alike)
+    shape = (layout.batch, layout.heads, layout.block_m, layout.block_n, group)
+    known = (layout.neighbours_alike, layout.is_full)
     rule = (causal, call.scale, call.want_kept, engine)
     schedule = ENGINES[engine].schedule(call)
     tensors = (*blocks, *columns, *transposed, call.skip_below, *schedule.flat())
-    return (call.q, call.k, call.v, *tensors, *shape, *rule)
+    return (call.q, call.k, call.v, *tensors, *shape, *known, *rule)
 
 
 def _unflatten(args: tuple[Any, ...]) -> tuple[AttendCall, str]:
     q, k, v, offsets, indices, bounds, c_offsets, c_indices, c_bounds = args[:9]
     t_offsets, t_indices, t_bounds, skip_below = args[9:13]
     schedule = Schedule.from_flat(args[13:_NUM_TENSORS])
-    batch, heads, block_m, block_n, group, alike, *rule = args[_NUM_TENSORS:]
+    batch, heads, block_m, block_n, group, alike, full, *rule = args[_NUM_TENSORS:]
     is_causal, scale, want_kept, engine = rule
     columns = None if c_offsets is None else IndexList(c_offsets, c_indices, group)
     cache: dict[Any, Any] = {("block_bounds", is_causal): bounds, ("schedule",): schedule}
@@ -74,7 +75,7 @@ def _unflatten(args: tuple[Any, ...]) -> tuple[AttendCall, str]:
         cache["transposed_bounds", is_causal] = t_bounds
     layout = SparseLayout(
         IndexList(offsets, indices), block_m, block_n, q.shape[2], k.shape[2], batch, heads, columns,
-        cache, alike,
+        cache, alike, full,
     )  # fmt: skip
     needs_grad = t_offsets is not None
     return AttendCall(q, k, v, layout, skip_below, is_causal, scale, want_kept, needs_grad), engine

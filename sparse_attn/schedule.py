@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from sparse_attn.index_list import IndexList
+from sparse_attn.layout import SparseLayout
 from sparse_attn.layout_bounds import query_range
 
 if TYPE_CHECKING:
     from sparse_attn.engines.base import AttendCall
-    from sparse_attn.layout import SparseLayout
 
 MERGED_TILE = 64  # rows of a merged tile: what one matrix instruction of Hopper takes
 
@@ -47,8 +47,8 @@ class Schedule:
 
     Attributes:
         order: int32 [B' * H', Lb]: query blocks, longest row first.
-        merged: query blocks `order[g, x * merge : (x + 1) * merge]` as one row; of `tall_rows`, whose order
-            counts tiles, the list that all tiles begin.
+        merged: query blocks `order[g, x * merge : (x + 1) * merge]` as one row; of `full_rows`, whose order
+            counts tiles, the list that all tiles begin; where key blocks were cut (`refined`), those lists.
         t_order: int32 [B' * (1 or Hkv), Sb]: key blocks, longest transposed row first.
         t_merged: the same for the transposed list; its rows are counted by the layout's heads.
     """
@@ -155,29 +155,61 @@ def _limits(layout: SparseLayout, causal: bool, order: Tensor, merge: int) -> tu
     return whole.amin(-1), some.amax(-1)
 
 
-def tall_rows(layout: SparseLayout, causal: bool, block_m: int) -> Schedule:
-    """A layout that is full, its queries cut into tiles of `block_m`. Cached.
+def full_rows(layout: SparseLayout, causal: bool, block_m: int, block_n: int) -> Schedule:
+    """A layout that is full, cut into tiles of `block_m` queries and `block_n` keys. Cached.
+
+    If one is cut, it is the first, which under the causal edge is the shortest (`first_row`).
 
     Every tile reads the key blocks from the first on: `merged.offsets` is 0 throughout, `merged.indices` are
     plain numbers, and `merged.bounds` says how many a tile sees whole, and how many at all.
     """
-    return layout._cached(("tall", causal, block_m), lambda: _tall_rows(layout, causal, block_m))
+    key = ("full", causal, block_m, block_n)
+    return layout._cached(key, lambda: _full_rows(layout, causal, block_m, block_n))
 
 
-def _tall_rows(layout: SparseLayout, causal: bool, block_m: int) -> Schedule:
-    device, shift = layout.device, layout.S - layout.L
-    first = torch.arange(0, layout.L, block_m, device=device)
+def first_row(L: int, block_m: int) -> int:
+    """The row that the first tile of `full_rows` begins with: at most 0, a multiple of a warpgroup's 64."""
+    return -((-L % block_m) // 64 * 64)
+
+
+def _full_rows(layout: SparseLayout, causal: bool, block_m: int, block_n: int) -> Schedule:
+    device, shift, width = layout.device, layout.S - layout.L, ceil(layout.S / block_n)
+    first = torch.arange(first_row(layout.L, block_m), layout.L, block_m, device=device)
     last = (first + block_m - 1).clamp(max=layout.L - 1)
-    whole = torch.full_like(first, layout.S // layout.block_n)
-    some = torch.full_like(first, layout.num_key_blocks)
+    whole = torch.full_like(first, layout.S // block_n)
+    some = torch.full_like(first, width)
     if causal:
         seen = [(x + shift + 1).clamp(min=0) for x in (first, last)]  # keys, of the first query and the last
-        whole = whole.minimum(torch.div(seen[0], layout.block_n, rounding_mode="floor"))
-        some = some.minimum(torch.div(seen[1] + layout.block_n - 1, layout.block_n, rounding_mode="floor"))
+        whole = whole.minimum(torch.div(seen[0], block_n, rounding_mode="floor"))
+        some = some.minimum(torch.div(seen[1] + block_n - 1, block_n, rounding_mode="floor"))
     offsets = torch.zeros(first.numel() + 1, dtype=torch.int64, device=device)
     bounds = torch.stack([whole.minimum(some), some], -1).to(torch.int32)
-    rows = MergedRows(offsets, layout.blocks.indices[: layout.num_key_blocks], bounds)
+    rows = MergedRows(offsets, torch.arange(width, dtype=torch.int32, device=device), bounds)
     return Schedule(order=_longest_first(some[None]), merged=rows)
+
+
+def refined(layout: SparseLayout, block_n: int) -> SparseLayout:
+    """The layout with its key blocks cut into blocks of `block_n` keys, which divides theirs. Cached."""
+    if block_n == layout.block_n:
+        return layout
+    return layout._cached(("refined", block_n), lambda: _refine(layout, block_n))
+
+
+def _refine(layout: SparseLayout, block_n: int) -> SparseLayout:
+    lists, parts = layout.blocks, layout.block_n // block_n
+    part = torch.arange(parts, device=layout.device)
+    number = lists.indices.long()[:, None] * parts + part  # [capacity, parts]
+    # Unused entries have no parts; of the last block, those count that begin before the end of the keys.
+    is_used = (lists.row_of_entry() < lists.rows)[:, None] & (number < ceil(layout.S / block_n))
+    ends = torch.cumsum(is_used.sum(1), 0)
+    before = torch.cat([ends.new_zeros(1), ends])  # parts listed before each entry
+    slot = torch.where(is_used, before[:-1, None] + part, number.numel())
+    indices = torch.zeros(number.numel() + 1, dtype=torch.int32, device=layout.device)
+    indices.scatter_(0, slot.flatten(), number.flatten().to(torch.int32))
+    return SparseLayout(
+        IndexList(before[lists.offsets], indices[:-1]), layout.block_m, block_n, layout.L, layout.S,
+        layout.batch, layout.heads, layout.columns,
+    )  # fmt: skip
 
 
 def merged_pairs(layout: SparseLayout, causal: bool, order: Tensor) -> MergedRows:

@@ -37,6 +37,20 @@ CASES = {
     "blhd": ("random", 640, 640, 4, 2, 128, 128, BF16, True, 4, "blhd"),
     "long-lists": ("full", 256, 9000, 2, 1, 64, 64, BF16, True, 1, "contiguous"),
     "many-items": ("random", 4096, 4096, 16, 16, 64, 128, BF16, True, 16, "contiguous"),
+    "random-16-keys": ("random", 700, 900, 4, 2, 128, 16, BF16, True, 4, "contiguous"),
+    "random-32-keys": ("random", 1000, 1000, 4, 2, 64, 32, F16, True, 2, "blhd"),
+    "random-48-keys": ("random", 500, 1001, 2, 2, 128, 48, BF16, False, 1, "contiguous"),
+    "random-256-keys": ("random", 1000, 1300, 4, 4, 128, 256, BF16, True, 4, "contiguous"),
+    "empty-rows-16-keys": ("empty_rows", 640, 640, 4, 4, 128, 16, BF16, True, 4, "contiguous"),
+    "d256-full": ("full", 900, 900, 4, 2, 256, 128, BF16, False, 1, "contiguous"),
+    "d256-causal": ("full", 1000, 1000, 4, 1, 256, 128, F16, True, 1, "blhd"),
+    "d256-chunk": ("full", 513, 1300, 4, 1, 256, 128, BF16, True, 1, "contiguous"),
+    "d256-blind-rows": ("full", 300, 130, 2, 2, 256, 64, BF16, True, 1, "contiguous"),
+    "d256-random": ("random", 1000, 1000, 8, 2, 256, 128, BF16, True, 8, "contiguous"),
+    "d256-random-64-keys": ("random", 700, 1000, 4, 4, 256, 64, F16, False, 4, "contiguous"),
+    "d256-random-32-keys": ("random", 700, 1000, 4, 4, 256, 32, BF16, True, 1, "contiguous"),
+    "d256-empty-rows": ("empty_rows", 640, 640, 4, 4, 256, 128, BF16, False, 4, "contiguous"),
+    "d256-many-items": ("random", 3000, 3000, 16, 8, 256, 128, BF16, True, 16, "contiguous"),
 }
 
 
@@ -83,6 +97,15 @@ HALF_CASES = {
     "random-128": ("random", 700, 1000, 4, 4, 128, 128, F16, True, 4),
     "empty-rows": ("empty_rows", 640, 640, 4, 4, 128, 64, BF16, False, 4),
     "many-items": ("strided", 4096, 4096, 16, 16, 128, 64, BF16, True, 16),
+    "random-16-keys": ("random", 700, 900, 4, 2, 128, 16, BF16, True, 4),
+    "random-32-keys": ("random", 1000, 1000, 4, 2, 64, 32, F16, False, 2),
+    "strided-16": ("strided", 1500, 1500, 4, 4, 64, 16, BF16, True, 4),
+    "d256-ragged": ("full", 333, 333, 2, 2, 256, 64, F16, True, 1),
+    "d256-strided": ("strided", 1500, 1500, 4, 4, 256, 64, BF16, True, 4),
+    "d256-random": ("random", 1000, 1000, 8, 2, 256, 128, BF16, False, 8),
+    "d256-random-16-keys": ("random", 700, 900, 4, 2, 256, 16, BF16, True, 4),
+    "d256-empty-rows": ("empty_rows", 640, 640, 4, 4, 256, 64, BF16, False, 4),
+    "d256-many-items": ("random", 3000, 3000, 16, 16, 256, 64, BF16, True, 16),
 }
 
 
@@ -96,9 +119,10 @@ def test_blocks_of_64_queries(name):
 
 
 @needs_hopper
+@pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.05, 0.3, 1.0])
 @pytest.mark.parametrize("name", ["full", "few-queries", "blind-rows", "random-128", "long"])
-def test_skips_tile_for_tile(name, threshold):
+def test_skips_tile_for_tile(name, threshold, block_m):
     """The votes are replayed in float64: every tile that was skipped, and no other."""
     more = {
         "long": ("full", 2100, 2100, 4, 2, 128, 128, BF16, True, 1),
@@ -107,34 +131,43 @@ def test_skips_tile_for_tile(name, threshold):
     kind, L, S, heads, kv_heads, D, _, dtype, causal, layout_heads = {**HALF_CASES, **more}[name]
     q, k, v = make_inputs(heads=heads, kv_heads=kv_heads, L=L, S=S, head_dim=D, dtype=dtype, device="cuda")
     q = q * 3  # peaked, so that there is something to skip
-    layout = random_layout(kind, L, S, block_m=64, block_n=128, heads=layout_heads, device="cuda")
+    layout = random_layout(kind, L, S, block_m=block_m, block_n=128, heads=layout_heads, device="cuda")
     limit = torch.full((1, heads), threshold, device="cuda").log()
     limit[:, ::2] -= 1.0  # heads differ
     check_engine(q, k, v, Plan(layout, limit), engine="hopper", is_causal=causal)
 
 
 @needs_hopper
+@pytest.mark.parametrize("block_m", [64, 128])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kind", ["full", "random"])
-def test_heads_that_skip_much_little_and_nothing(kind, head_dim):
+def test_heads_that_skip_much_little_and_nothing(kind, head_dim, block_m):
     """More items than the card has blocks, so that each block goes from one rule to another."""
     heads, length = 12, 3000
     q, k, v = make_inputs(
         heads=heads, kv_heads=4, L=length, S=length, head_dim=head_dim, dtype=BF16, device="cuda"
     )
-    layout = random_layout(kind, length, length, block_m=64, block_n=128, heads=1, device="cuda")
+    layout = random_layout(kind, length, length, block_m=block_m, block_n=128, heads=1, device="cuda")
     limit = torch.tensor([0.0, 1e-3, 0.3, 1.0] * 3, device="cuda").log()[None]
     check_engine(q * 3, k, v, Plan(layout, limit), engine="hopper", is_causal=True)
 
 
 @needs_hopper
-def test_lambda_zero_is_dense_bit_for_bit():
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_lambda_zero_is_dense_bit_for_bit(block_m):
     q, k, v = make_inputs(heads=4, kv_heads=2, L=1111, S=1111, head_dim=128, dtype=BF16, device="cuda")
-    layout = SparseLayout.full(1111, 1111, block_m=64, device="cuda")
+    layout = SparseLayout.full(1111, 1111, block_m=block_m, device="cuda")
     options = {"is_causal": True, "enable_gqa": True, "engine": "hopper"}
     dense = sa.attend(q, k, v, Plan(layout), **options)
     never = sa.attend(q, k, v, Plan(layout, torch.full((1, 4), -torch.inf, device="cuda")), **options)
     assert torch.equal(dense.out, never.out) and torch.equal(dense.lse, never.lse)
+
+
+@needs_hopper
+def test_a_full_layout_of_odd_blocks():
+    q, k, v = make_inputs(heads=4, kv_heads=2, L=500, S=700, head_dim=128, dtype=BF16, device="cuda")
+    layout = SparseLayout.full(500, 700, block_m=40, block_n=56, device="cuda")
+    check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=True)
 
 
 @needs_hopper
@@ -167,5 +200,30 @@ def test_refusals_are_named():
     skip = torch.zeros(1, 2)
     call = AttendCall(q, k, v, layout, skip, False, -1.0, needs_grad=True)
     text = "\n".join(ENGINES["hopper"].why_not(call))
-    for word in ("CUDA tensors", "float32", "head_dim", "32x32", "column", "skip", "backward", "scale"):
+    for word in ("CUDA tensors", "float32", "head_dim 64, 128 and 256", "backward", "scale"):
         assert word in text, word
+
+
+@pytest.mark.parametrize(
+    ("D", "block_m", "block_n", "skips", "words"),
+    [
+        (128, 32, 32, False, ["64 or 128 queries", "32x32"]),
+        (128, 64, 40, False, ["16, 32, 64 or 128 keys", "64x40"]),
+        (128, 64, 64, True, ["skip takes", "64x64"]),
+        (256, 128, 128, True, ["skip takes", "256 and 128x128"]),
+    ],
+)
+def test_refused_layouts_are_named(D, block_m, block_n, skips, words):
+    q = torch.zeros(1, 1, 300, D)
+    layout = random_layout("random", 300, 300, block_m=block_m, block_n=block_n)
+    call = AttendCall(q, q, q, layout, torch.zeros(1, 1) if skips else None, False, 1.0)
+    text = "\n".join(ENGINES["hopper"].why_not(call))
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(("D", "block_m", "block_n"), [(128, 64, 64), (128, 128, 32), (256, 128, 64)])
+def test_refused_columns_are_named(D, block_m, block_n):
+    q = torch.zeros(1, 1, 300, D)
+    layout = random_layout("columns", 300, 300, block_m=block_m, block_n=block_n)
+    reasons = ENGINES["hopper"].why_not(AttendCall(q, q, q, layout, None, False, 1.0))
+    assert any("column lists" in x for x in reasons), reasons

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_attn import ops
 from sparse_attn.engines import ENGINES, AttendCall
 from sparse_attn.layout import SparseLayout
-from sparse_attn.schedule import merged_pairs, paired_rounds, row_order, tall_rows
+from sparse_attn.schedule import full_rows, merged_pairs, paired_rounds, refined, row_order
+from sparse_attn.testing import random_layout
 
 HEADS = 3
 SHAPES = pytest.mark.parametrize(("L", "S"), [(700, 700), (450, 900), (300, 130)], ids=str)
@@ -91,38 +93,62 @@ def test_rows_alike_share_all_but_their_edges():
 
 @SHAPES
 @CAUSAL
-def test_tall_tiles_read_a_full_layout(causal, L, S):
-    layout = SparseLayout.full(L, S)
-    schedule = tall_rows(layout, causal, 192)
+@pytest.mark.parametrize(("block_m", "block_n"), [(192, 128), (128, 64)])
+def test_tiles_of_their_own_read_a_full_layout(causal, L, S, block_m, block_n):
+    layout, width, tiles = SparseLayout.full(L, S, block_m=48, block_n=80), -(-S // block_n), -(-L // block_m)
+    schedule = full_rows(layout, causal, block_m, block_n)
     rows = schedule.merged
-    assert rows.indices.tolist() == list(range(layout.num_key_blocks)) and not rows.offsets.any()
-    assert sorted(schedule.order[0].tolist()) == list(range(-(-L // 192)))
+    assert rows.indices.tolist() == list(range(width)) and not rows.offsets.any()
+    assert sorted(schedule.order[0].tolist()) == list(range(tiles))
     assert rows.bounds[schedule.order[0].long(), 1].diff().le(0).all()  # longest first
     for tile, (unmasked, visible) in enumerate(rows.bounds.tolist()):
-        halves = range(3 * tile, min(3 * tile + 3, -(-L // 64)))  # query blocks of 64
-        for block in range(layout.num_key_blocks):
-            assert (block < unmasked) == all(_is_whole(block, m, 128, causal, L, S) for m in halves)
-            assert (block < visible) == any(_is_seen(block, m, 128, causal, L, S) for m in halves)
+        first = tile * block_m - (tiles * block_m - L) // 64 * 64
+        end = min(first + block_m, L)
+        for block in range(width):
+            begin, past = block * block_n, (block + 1) * block_n
+            assert (block < unmasked) == (past <= min(S, first + S - L + 1 if causal else S))
+            assert (block < visible) == (begin < min(S, end + S - L if causal else S))
+
+
+@pytest.mark.parametrize("kind", ["random", "empty_rows", "columns"])
+@pytest.mark.parametrize("S", [640, 650, 577, 17])
+def test_cut_key_blocks_list_the_same_keys(kind, S):
+    layout = random_layout(kind, 500, S, block_m=64, block_n=64, heads=HEADS)
+    cut = refined(layout, 16).check()
+    assert (cut.block_n, cut.columns) == (16, layout.columns)
+    assert torch.equal(cut.to_dense(is_causal=True), layout.to_dense(is_causal=True))
+    assert refined(layout, 16) is cut and refined(layout, 64) is layout
 
 
 @pytest.mark.parametrize(
-    ("L", "D", "heads", "is_full", "is_tall"),
-    [(1153, 64, 96, True, True), (1153, 64, 48, True, False), (1153, 128, 96, True, False),
-     (1153, 64, 96, False, False)],
+    ("L", "D", "heads", "is_full", "tile"),
+    [(1153, 64, 96, True, 192), (1153, 64, 48, True, 128), (1153, 128, 96, True, 128),
+     (1153, 64, 96, False, None)],
     ids=["many", "few", "head size 128", "lists"],
 )  # fmt: skip
-def test_tall_tiles_are_taken_where_they_gain(L, D, heads, is_full, is_tall):
+def test_tall_tiles_are_taken_where_they_gain(L, D, heads, is_full, tile):
     """7 tiles of 192 queries a head; from four for each of 132 processors on."""
     q = torch.zeros(1).expand(1, heads, L, D)
     full = SparseLayout.full(L, L)
     layout = full if is_full else SparseLayout(full.blocks, 128, 128, L, L)
     schedule = ENGINES["hopper"].schedule(AttendCall(q, q, q, layout, None, True, 0.125))
-    assert (schedule.merged is not None) == is_tall
+    tiles = None if schedule.merged is None else -(-L // tile)
+    assert tiles is None or schedule.order.shape[1] == tiles
+    assert (tile is None) == (tiles is None)
 
 
 def test_a_full_layout_stays_full_elsewhere():
     layout = SparseLayout.full(300, 300)
     assert layout.is_full and layout.to("cpu").is_full and not layout_of(128, 300, 300).is_full
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_the_operator_brings_what_is_known_of_a_layout(is_full):
+    """The kernel's tiles depend on it: they must be those that the schedule was made for."""
+    q = torch.zeros(1, HEADS, 300, 64)
+    layout = SparseLayout.full(300, 300) if is_full else layout_of(128, 300, 300)
+    call, engine = ops._unflatten(ops.flatten(AttendCall(q, q, q, layout, None, True, 0.125), "hopper"))
+    assert (engine, call.layout.is_full) == ("hopper", is_full)
 
 
 def _is_whole(block: int, member: int, block_n: int, causal: bool, L: int, S: int) -> bool:

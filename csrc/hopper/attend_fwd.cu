@@ -61,23 +61,34 @@ template <typename Element, int HEAD_DIM>
 Launch find(int64_t key_block, Variant variant) {
   switch (variant) {
     case Variant::kBlocks:
-      if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kBlocks>;
+      if constexpr (HEAD_DIM <= 128)
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kBlocks>;
       if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kBlocks>;
+      if (key_block == 16) return launch<Element, HEAD_DIM, 16, Variant::kBlocks>;
       break;
     case Variant::kTall:
       if constexpr (HEAD_DIM == 64)
         if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kTall>;
       break;
     case Variant::kHalves:
-      if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kHalves>;
+      if constexpr (HEAD_DIM <= 128)
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kHalves>;
       if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kHalves>;
+      if (key_block == 16) return launch<Element, HEAD_DIM, 16, Variant::kHalves>;
       break;
     case Variant::kSkip:
-      if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kSkip>;
+      if constexpr (HEAD_DIM <= 128)
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kSkip>;
+      break;
+    case Variant::kSkipHalves:
+      if constexpr (HEAD_DIM <= 128)
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kSkipHalves>;
       break;
     case Variant::kColumns:
-      if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kColumns>;
-      if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kColumns>;
+      if constexpr (HEAD_DIM <= 128) {
+        if (key_block == 128) return launch<Element, HEAD_DIM, 128, Variant::kColumns>;
+        if (key_block == 64) return launch<Element, HEAD_DIM, 64, Variant::kColumns>;
+      }
       break;
   }
   return nullptr;
@@ -87,6 +98,7 @@ template <typename Element>
 Launch find(int64_t head_dim, int64_t key_block, Variant variant) {
   if (head_dim == 64) return find<Element, 64>(key_block, variant);
   if (head_dim == 128) return find<Element, 128>(key_block, variant);
+  if (head_dim == 256) return find<Element, 256>(key_block, variant);
   return nullptr;
 }
 
@@ -100,7 +112,7 @@ void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
                 const std::optional<Tensor>& column_indices, const std::optional<Tensor>& column_bounds,
                 const std::optional<Tensor>& skip_below, const Tensor& counter, Tensor out, Tensor lse,
                 const std::optional<Tensor>& kept, int64_t batch, int64_t heads, int64_t query_block, int64_t key_block,
-                int64_t column_group, int64_t heads_per_section, bool is_causal, double scale) {
+                int64_t column_group, int64_t first_row, int64_t heads_per_section, bool is_causal, double scale) {
   AttendFwdParams p = {};
   p.out = out.data_ptr();
   p.lse = static_cast<float*>(lse.data_ptr());
@@ -125,21 +137,26 @@ void attend_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   p.list_head_divisor = heads == q.size(1) || heads == 1 ? 1 : p.gqa_group;
   p.num_query_blocks = (p.L + query_block - 1) / query_block;
   p.num_key_blocks = (p.S + key_block - 1) / key_block;
-  const int blocks_per_tile = query_block == 64 ? 2 : 1;
+  const bool is_halves = query_block == 64;
+  const int blocks_per_tile = is_halves ? 2 : 1;
   p.num_tiles = (p.num_query_blocks + blocks_per_tile - 1) / blocks_per_tile;
+  p.first_row = first_row;
   p.column_group = column_group;
   p.column_rows = (p.num_query_blocks + column_group - 1) / column_group;
-  p.heads_per_section = heads_per_section;
+  const int key_heads = p.batch * k.size(1), most = heads_per_section / p.gqa_group;  // of a section
+  const int sections = (key_heads + most - 1) / most;
+  p.heads_per_section = (key_heads + sections - 1) / sections * p.gqa_group;
+  p.num_long_sections = key_heads % sections == 0 ? sections : key_heads % sections;
   p.num_items = p.num_tiles * p.batch * p.q_heads;
   p.is_causal = is_causal;
   p.scale = scale, p.scale_log2 = scale * 1.4426950408889634;
   p.headroom = 8 / p.scale_log2;
 
-  const Variant variant = p.skip_below != nullptr    ? Variant::kSkip
-                          : query_block == 64        ? Variant::kHalves
-                          : query_block == 192       ? Variant::kTall
+  const Variant variant = p.skip_below != nullptr      ? is_halves ? Variant::kSkipHalves : Variant::kSkip
+                          : is_halves                  ? Variant::kHalves
+                          : query_block == 192         ? Variant::kTall
                           : p.column_bounds != nullptr ? Variant::kColumns
-                                                     : Variant::kBlocks;
+                                                       : Variant::kBlocks;
   const bool is_bf16 = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;
   const Launch instance = is_bf16 ? find<__nv_bfloat16>(q.size(3), key_block, variant)
                                   : find<__half>(q.size(3), key_block, variant);
@@ -162,7 +179,8 @@ STABLE_TORCH_LIBRARY(sparse_attn_hopper, m) {
       "attend_fwd(Tensor q, Tensor k, Tensor v, Tensor offsets, Tensor indices, Tensor bounds, Tensor order, "
       "Tensor? column_offsets, Tensor? column_indices, Tensor? column_bounds, Tensor? skip_below, "
       "Tensor(a!) counter, Tensor(b!) out, Tensor(c!) lse, Tensor(d!)? kept, int batch, int heads, "
-      "int query_block, int key_block, int column_group, int heads_per_section, bool is_causal, float scale) -> ()");
+      "int query_block, int key_block, int column_group, int first_row, int heads_per_section, bool is_causal, "
+      "float scale) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(sparse_attn_hopper, CUDA, m) {
   m.impl("attend_fwd", TORCH_BOX(&sparse_attn::hopper::attend_fwd));

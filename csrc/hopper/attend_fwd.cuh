@@ -8,29 +8,29 @@ namespace sparse_attn::hopper {
 
 // S = Q K^T of one warpgroup: [64, BLOCK_N] fp32. From the first K tile on: one addition leads to the descriptor of any.
 template <typename K>
-__device__ __forceinline__ void multiply_qk(float (&s)[BLOCK_N / 2], const typename K::Element* q,
+__device__ __forceinline__ void multiply_qk(float (&s)[K::BLOCK_N / 2], const typename K::Element* q,
                                             const typename K::Element* first_k, int slot) {
   const uint64_t a = matrix_descriptor(q, 16, 1024);
-  const uint64_t b = matrix_descriptor(first_k, 16, 1024) + slot * int(BLOCK_N * K::HEAD_DIM * sizeof(*q) >> 4);
+  const uint64_t b = matrix_descriptor(first_k, 16, 1024) + slot * int(K::BLOCK_N * K::HEAD_DIM * sizeof(*q) >> 4);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < K::HEAD_DIM / 16; ++step) {
     const int chunk = step / 4, within = (step % 4) * 32;
     const uint64_t a_step = a + ((chunk * 64 * 128 + within) >> 4);
-    const uint64_t b_step = b + ((chunk * BLOCK_N * 128 + within) >> 4);
-    Wgmma<typename K::Element, BLOCK_N>::shared_k_major(s, a_step, b_step, step > 0);
+    const uint64_t b_step = b + ((chunk * K::BLOCK_N * 128 + within) >> 4);
+    Wgmma<typename K::Element, K::BLOCK_N>::shared_k_major(s, a_step, b_step, step > 0);
   }
   wgmma_commit();
 }
 
 // O = P V (+ O where accumulate != 0) of one warpgroup: [64, HEAD_DIM] fp32.
 template <typename K>
-__device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const uint32_t (&p)[BLOCK_N / 16][4],
+__device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const uint32_t (&p)[K::BLOCK_N / 16][4],
                                             const typename K::Element* v, int accumulate) {
-  const uint64_t b = matrix_descriptor(v, BLOCK_N * 128, 1024);
+  const uint64_t b = matrix_descriptor(v, K::BLOCK_N * 128, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < BLOCK_N / 16; ++step)
+  for (int step = 0; step < K::BLOCK_N / 16; ++step)
     Wgmma<typename K::Element, K::HEAD_DIM>::registers_n_major(o, p[step], b + ((step * 16 * 128) >> 4),
                                                                step > 0 ? 1 : accumulate);
   wgmma_commit();
@@ -78,6 +78,12 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
 }
 
+// Whether none of the four warps whose votes these are keeps a tile.
+__device__ __forceinline__ bool none_keeps(const unsigned* votes, unsigned to_keep) {
+  const uint4 all = *reinterpret_cast<const uint4*>(votes);
+  return all.x != to_keep && all.y != to_keep && all.z != to_keep && all.w != to_keep;
+}
+
 // A warp's vote to leave out a tile where most are kept; `votes` are those of its warpgroup. One that keeps it goes on; one
 // that would not waits for the others. Returns whether all agree to leave it out.
 __device__ __forceinline__ bool vote(unsigned* votes, unsigned stage, bool to_skip, int barrier) {
@@ -89,8 +95,17 @@ __device__ __forceinline__ bool vote(unsigned* votes, unsigned stage, bool to_sk
     return false;
   }
   named_sync(barrier, 128);
-  const uint4 all = *reinterpret_cast<const uint4*>(votes);
-  return all.x != to_keep && all.y != to_keep && all.z != to_keep && all.w != to_keep;
+  return none_keeps(votes, to_keep);
+}
+
+// Whether the other warpgroup leaves a tile out, too, as this one would. One that keeps it does not wait.
+__device__ __forceinline__ bool other_agrees(const unsigned* votes_of_other, unsigned stage, bool to_skip, int barrier) {
+  if (!to_skip) {
+    named_arrive(barrier, 256);
+    return false;
+  }
+  named_sync(barrier, 256);
+  return none_keeps(votes_of_other, 2 * stage + 3);
 }
 
 // What a visit of a stage is known to be when it is compiled.
@@ -111,8 +126,8 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   const bool elected = threadIdx.x % 128 == 0;
-  float o[K::HEAD_DIM / 2], s[BLOCK_N / 2];
-  uint32_t probabilities[BLOCK_N / 16][4];
+  float o[K::HEAD_DIM / 2], s[K::BLOCK_N / 2];
+  uint32_t probabilities[K::BLOCK_N / 16][4];
   constexpr SoftmaxState kNothing = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {}};
   SoftmaxState state = kNothing;
   Work work;
@@ -167,7 +182,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     multiply_qk<K>(s, shared.q[tile] + group * 64 * K::HEAD_DIM, shared.k[0], slot);
     if constexpr (kHasPending) {
       if (kIsFirst || !is_ready) {
-        if constexpr (K::SKIP) wait_for_note(&shared.brought, step);
+        if constexpr (K::COUNTS_V) wait_for_note(&shared.brought, before.at + 1);
         mbarrier_wait(&shared.v_full[v_slot], before.phase());
         if constexpr (K::COLUMNS) fence_async_proxy();  // else the one above was late enough
       }
@@ -199,13 +214,16 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     if constexpr (kVotes) {
       if constexpr (kIsFirst) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
       const bool is_low = largest[0] < fresh.limit[0] && largest[1] < fresh.limit[1];
-      unsigned* const votes = shared.votes[step % 4] + 4 * group;
+      unsigned* const votes = shared.votes[step % 4];
       if constexpr (kHasPending) {
-        votes_to_skip = vote(votes, step, __all_sync(0xffffffff, is_low), kVoteBarrier + group);
+        votes_to_skip = vote(votes + 4 * group, step, __all_sync(0xffffffff, is_low), kVoteBarrier + group);
       } else {  // after a tile that was left out: half as long, but all wait
         votes_to_skip = all_of_group(kVoteBarrier + group, is_low);
-        store_note_if(lane == 0, votes + threadIdx.x % 128 / 32, 2 * step + 3 - votes_to_skip);
+        store_note_if(lane == 0, votes + 4 * group + threadIdx.x % 128 / 32, 2 * step + 3 - votes_to_skip);
       }
+      // The warpgroups may be up to three stages apart: a barrier for each of four.
+      if constexpr (!K::HALVES)
+        votes_to_skip = other_agrees(votes + 4 * (1 - group), step, votes_to_skip, kPairBarrier + step % 4);
     }
     auto finish_product = [&](unsigned done) {
       if constexpr (kHasPending) {
@@ -234,8 +252,8 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         finish_product(step);
       });
       // Asked now, the answer is there when the next visit starts.
-      if constexpr (K::SKIP)
-        is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase(), &shared.brought, step + 1);
+      if constexpr (K::COUNTS_V)
+        is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase(), &shared.brought, own.at + 1);
       else is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase());
       finish_item();
       state = fresh;
@@ -245,8 +263,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       is_pending = true;
       if constexpr (K::SKIP) {
         if (p.kept != nullptr && elected && item.first_query[0] < p.L) {
-          const int64_t row = int64_t(item.batch * p.q_heads + item.head) * p.num_query_blocks + item.first_query[0] / 64;
-          p.kept[row * p.num_key_blocks + (words[0] >> 2)] = 1;
+          const int block = item.first_query[0] / (K::HALVES ? 64 : K::BLOCK_M);
+          const int64_t row = int64_t(item.batch * p.q_heads + item.head) * p.num_query_blocks + block;
+          p.kept[row * p.num_key_blocks + (K::PAIRED ? words[0] >> 2 : words[0])] = 1;
         }
       }
     } else {
@@ -306,15 +325,14 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     work = next;
   }
   if (!K::SKIP || is_pending) {
-    if constexpr (K::SKIP) {
-      pending = {position - 1};
-      wait_for_note(&shared.brought, position);
-    }
+    if constexpr (K::SKIP) pending = {position - 1};
+    if constexpr (K::COUNTS_V) wait_for_note(&shared.brought, pending.at + 1);
     mbarrier_wait(&shared.v_full[pending.slot()], pending.phase());
     if constexpr (K::COLUMNS) fence_async_proxy();
     multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);
     wgmma_wait<0>();
     pin(o);
+    if constexpr (!K::SKIP) release(&shared.v_empty[pending.slot()], is_pending_alone);  // the other may wait for one more
   }
   leave_output<K>(p, shared, work, o, state, group, turn % kTiles);  // `turn` counts the end, too
 }
@@ -345,10 +363,12 @@ __global__ void __launch_bounds__(K::kThreads, 1)
       mbarrier_init(&shared.work_full[s], 1);
       mbarrier_init(&shared.work_empty[s], K::kConsumers / 32 + (K::COLUMNS ? 0 : K::SKIP ? 3 : 2));
     }
+    shared.filled = 0;
     if constexpr (K::SKIP) {
       for (int i = 0; i < 4 * K::kConsumers / 32; ++i) shared.votes[i / 8][i % 8] = 0;
-      shared.done[0] = shared.done[1] = shared.brought = 0;
+      shared.done[0] = shared.done[1] = 0;
     }
+    if constexpr (K::COUNTS_V) shared.brought = 0;
     mbarrier_init_fence();
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);

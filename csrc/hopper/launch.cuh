@@ -7,8 +7,8 @@ namespace sparse_attn::hopper {
 
 template <typename Element, int HEAD_DIM, int KEY_BLOCK, Variant VARIANT>
 void launch(const AttendFwdParams& p, const TensorMaps& maps, int blocks, cudaStream_t stream) {
-  using K = Kernel<Element, HEAD_DIM, KEY_BLOCK, VARIANT == Variant::kHalves || VARIANT == Variant::kSkip,
-                   VARIANT == Variant::kSkip, VARIANT == Variant::kColumns, VARIANT == Variant::kTall ? 3 : 2>;
+  using K = Kernel<Element, HEAD_DIM, KEY_BLOCK, VARIANT == Variant::kHalves || VARIANT == Variant::kSkipHalves,
+                   VARIANT == Variant::kSkip || VARIANT == Variant::kSkipHalves, VARIANT == Variant::kColumns, VARIANT == Variant::kTall ? 3 : 2>;
   auto* kernel = attend_fwd_kernel<K>;
   constexpr int bytes = sizeof(SharedStorage<K>) + 1024;  // to align it
   // A failure here shows as the launch error that the caller checks.

@@ -14,7 +14,7 @@ struct TensorMaps {
   CUtensorMap q, k, v, o;
 };
 
-enum class Variant { kBlocks, kTall, kHalves, kSkip, kColumns };
+enum class Variant { kBlocks, kTall, kHalves, kSkip, kSkipHalves, kColumns };
 
 template <typename Element, int HEAD_DIM, int KEY_BLOCK, Variant VARIANT>
 void launch(const AttendFwdParams& p, const TensorMaps& maps, int blocks, cudaStream_t stream);

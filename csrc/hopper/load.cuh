@@ -20,13 +20,13 @@ __device__ __forceinline__ void copy_blocks(typename K::Element* tile, const CUt
   const int thread = threadIdx.x % 128;
   if (thread < 32) {
     __syncwarp();  // what the other lanes wrote of the stage comes before the arrival
-    if (thread == 0) mbarrier_expect_bytes(full, BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
+    if (thread == 0) mbarrier_expect_bytes(full, K::BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
     __syncwarp();
     if (thread < K::kEntries) {
-      const int block = K::SKIP ? stage.block >> 2 : stage.block;
+      const int block = K::PAIRED ? stage.block >> 2 : stage.block;
 #pragma unroll
       for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
-        tma_load(tile + (chunk * BLOCK_N + thread * K::KEY_BLOCK) * kChunk, map, full, chunk * kChunk,
+        tma_load(tile + (chunk * K::BLOCK_N + thread * K::KEY_BLOCK) * kChunk, map, full, chunk * kChunk,
                  block * K::KEY_BLOCK, stage.kv_head, stage.batch, kEvictLast);
     }
     __syncwarp();
@@ -46,7 +46,7 @@ __device__ __forceinline__ void copy_columns(typename K::Element* tile, const ch
   auto copy = [&](int r, uint64_t source, bool is_used) {
 #pragma unroll
     for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk) {
-      const uint32_t place = to + (r % 8 == 0 ? even : odd) + r * 128 + chunk * BLOCK_N * 128;
+      const uint32_t place = to + (r % 8 == 0 ? even : odd) + r * 128 + chunk * K::BLOCK_N * 128;
       if (is_full) copy_16_bytes(place, source + chunk * 128);
       else copy_16_bytes_or_zeros(place, source + chunk * 128, is_used);
     }
@@ -97,18 +97,16 @@ __device__ __forceinline__ void store_nothing(const AttendFwdParams& p, const Wo
   }
 }
 
-// The turn-th item of this block that has stages, left in shared memory for the others. One warp; `item` is the next to
-// look at, in lane 0.
+// The turn-th item of this block that has stages, left in shared memory for the others. One warp; `taken` counts the items
+// that it looked at.
 template <typename K>
-__device__ __forceinline__ void publish(const AttendFwdParams& p, SharedStorage<K>& shared, int& item, int turn) {
+__device__ __forceinline__ void publish(const AttendFwdParams& p, SharedStorage<K>& shared, int& taken, int turn) {
   const int lane = threadIdx.x % 32;
   wait_calmly<K>(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
   Work& work = shared.work[turn & 1];
   while (true) {
-    if (lane == 0) {
-      work = find_work<K>(p, item);
-      item = atomicAdd(p.counter, 1) + gridDim.x;
-    }
+    if (lane == 0) work = find_work<K>(p, taken == 0 ? blockIdx.x : atomicAdd(p.counter, 1) + gridDim.x);
+    ++taken;
     __syncwarp();
     if (work.is_last || work.count > 0) break;
     store_nothing<K>(p, work);
@@ -175,15 +173,21 @@ __device__ __forceinline__ void store(const CUtensorMap* map_o, SharedStorage<K>
   }
 }
 
-// The warp that finds work: one or two items ahead of the consumers. Each takes several reads in a row.
+// The warp that finds work, which takes several reads in a row. It does so late, so that who is done early takes more.
 template <typename K>
 __device__ __forceinline__ void schedule(const AttendFwdParams& p, const CUtensorMap* map_q,
                                          SharedStorage<K>& shared) {
-  int item = blockIdx.x;
+  int taken = 0, stages = 0;  // of all items so far
   for (int turn = 0;; ++turn) {
-    publish<K>(p, shared, item, turn);
+    if constexpr (K::ROUNDS) {
+      if (turn > 0) mbarrier_wait(&shared.work_empty[(turn - 1) & 1], ((turn - 1) >> 1) & 1);  // all begin the last item
+    } else {
+      while (stages - int(load_note(&shared.filled)) > kLastStages) __nanosleep(kFilledNanoseconds);
+    }
+    publish<K>(p, shared, taken, turn);
     const Work work = shared.work[turn & 1];  // stays until this warp fills the slot again
     if (work.is_last) break;
+    stages += work.count;
     load_q<K>(map_q, shared, work, turn);
   }
 }
@@ -207,7 +211,7 @@ __device__ __forceinline__ void produce_values(const AttendFwdParams& p, const C
     int held = 0, ahead = read(lane);
     for (int i = 0; i < work.count; ++i, ++step) {
       if (i % 32 == 0) held = ahead, ahead = read(i + 32 + lane);
-      const int block = __shfl_sync(0xffffffff, held, i % 32) >> 2, slot = step % K::kValueStages;
+      const int block = __shfl_sync(0xffffffff, held, i % 32) >> (K::PAIRED ? 2 : 0), slot = step % K::kValueStages;
       // Both are done with what was there, and so have voted on the stage after that one.
       auto is_free = [&] { return int(load_note(&shared.done[lane % 2]) + K::kValueStages - 1 - step) >= 0; };
       while (!__all_sync(0xffffffff, is_free())) __nanosleep(kValueNanoseconds);
@@ -222,10 +226,10 @@ __device__ __forceinline__ void produce_values(const AttendFwdParams& p, const C
       }
       if (lane == 0) {
         if (is_needed) {
-          mbarrier_expect_bytes(&shared.v_full[slot], BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
+          mbarrier_expect_bytes(&shared.v_full[slot], K::BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
 #pragma unroll
           for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
-            tma_load(shared.v[slot] + chunk * BLOCK_N * kChunk, map_v, &shared.v_full[slot], chunk * kChunk,
+            tma_load(shared.v[slot] + chunk * K::BLOCK_N * kChunk, map_v, &shared.v_full[slot], chunk * kChunk,
                      block * K::KEY_BLOCK, work.head / p.gqa_group, work.batch, kEvictLast);
         } else {
           mbarrier_arrive(&shared.v_full[slot]);
@@ -248,8 +252,8 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
   Ring<K::kValueStages> values;  // where V of stage step - 1 goes
   Stage last = {};
   const char* last_values = nullptr;
-  // With columns, of the first warp: items stored, the two that may be missing, and, in lane 0, the one to look at next.
-  int stored = 0, item = blockIdx.x;
+  // With columns, of the first warp: items looked at, stored, and the two that may be missing.
+  int taken = 0, stored = 0;
   struct { int batch, head, first_query; } unstored = {}, latest = {};
 
   auto load_v = [&](int at) {
@@ -261,9 +265,10 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
       copy_columns<K>(shared.v[s], last_values, p.v_stride_n, &shared.v_full[s],
                       shared.columns[K::COLUMNS ? at % K::kKeyStages : 0], last.is_full);
     else copy_blocks<K>(shared.v[s], map_v, &shared.v_full[s], last);
+    if (K::COUNTS_V && lane == 0) store_note(&shared.brought, at + 1);
   };
   auto publish_next = [&](int turn) {
-    if (K::COLUMNS && thread < 32) publish<K>(p, shared, item, turn);
+    if (K::COLUMNS && thread < 32) publish<K>(p, shared, taken, turn);
   };
   auto store_next = [&] {
     store_output<K>(map_o, shared, unstored.batch, unstored.head, {unstored.first_query, unstored.first_query + 64}, stored++);
@@ -291,15 +296,16 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
     const int32_t* column_list = p.column_indices + work.column_list;
     auto read = [&](int window) {
       const int entry = window * 32 + lane;
-      return entry < work.visible ? list[entry] : (K::SKIP ? p.num_key_blocks << 2 : p.num_key_blocks);
+      return entry < work.visible ? list[entry] : (K::PAIRED ? p.num_key_blocks << 2 : p.num_key_blocks);
     };
     auto read_column = [&](int stage) {
-      const int entry = stage * BLOCK_N + thread;
+      const int entry = stage * K::BLOCK_N + thread;
       return entry < work.visible_columns ? column_list[entry] : kNoKey;
     };
     int window = 0, held = read(0), ahead = read(1);
     int column = K::COLUMNS ? read_column(0) : 0;
     int entry = 0, column_stage = 0;
+    const int last_look = max(0, work.count - kLastStages);
     for (int i = 0; i < work.count; ++i) {
       const int masked = i - work.unmasked;
       const bool is_columns =
@@ -329,7 +335,12 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
       last = now;
       last_values = values;
       ++step;
-      if (i == min(1, work.count - 1)) publish_next(turn + 1);  // the consumers have two stages to work on
+      if constexpr (K::COLUMNS) {
+        // The consumers have two stages to work on, and those that are left.
+        if (i == max(min(1, work.count - 1), work.count - kLastStages)) publish_next(turn + 1);
+      } else if constexpr (!K::ROUNDS) {
+        if (i == last_look) store_note_if(lane == 0, &shared.filled, step);
+      }
     }
   }
   if (step > 0) load_v(step - 1);

@@ -26,8 +26,10 @@ struct AttendFwdParams {
   int batch, q_heads, gqa_group, L, S;
   int num_query_blocks, num_key_blocks;
   int num_tiles;             // of a head: query blocks, or pairs of them
+  int first_row;             // of the first tile: 0, or below by a multiple of 64
   int column_rows, column_group;  // column rows of a head; query blocks that share one
-  int heads_per_section, num_items;
+  int heads_per_section, num_long_sections;  // the sections after those have a key head's query heads less
+  int num_items;
   bool is_causal;
   float scale, scale_log2;   // scale > 0
   float headroom;            // in unscaled scores: how far one may pass the maximum (softmax.cuh)

@@ -23,9 +23,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
 }
 
 // Columns [16 first, 16 last) of the tile as the left operand of P V.
-template <typename Element>
-__device__ __forceinline__ void pack_steps(uint32_t (&p)[BLOCK_N / 16][4], const float (&s)[BLOCK_N / 2], int first,
-                                           int last) {
+template <typename Element, int STEPS>
+__device__ __forceinline__ void pack_steps(uint32_t (&p)[STEPS][4], const float (&s)[8 * STEPS], int first, int last) {
 #pragma unroll
   for (int i = first; i < last; ++i)
 #pragma unroll
@@ -64,7 +63,7 @@ __device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p
 // Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no block of this warpgroup's list.
 // first_query: of the warpgroup, whose rows all see a block that this one sees whole.
 template <typename K>
-__device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const AttendFwdParams& p,
+__device__ __forceinline__ void mask_blocks(float (&s)[K::BLOCK_N / 2], const AttendFwdParams& p,
                                             const int (&words)[K::kEntries], int first_query, int group) {
   const int lane = threadIdx.x % 32;
   int end[2], first_end[2];
@@ -72,10 +71,10 @@ __device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const Atten
   key_ends(first_end, p, first_query);
 #pragma unroll
   for (int e = 0; e < K::kEntries; ++e) {
-    const bool is_listed = !K::SKIP || (words[e] >> group & 1);
-    const int first = (K::SKIP ? words[e] >> 2 : words[e]) * K::KEY_BLOCK;
+    const bool is_listed = !K::PAIRED || (words[e] >> group & 1);
+    const int first = (K::PAIRED ? words[e] >> 2 : words[e]) * K::KEY_BLOCK;
     if (is_listed && first + K::KEY_BLOCK <= first_end[0]) continue;
-    const int key = is_listed ? first + lane % 4 * 2 : kNoKey - BLOCK_N;
+    const int key = is_listed ? first + lane % 4 * 2 : kNoKey - K::BLOCK_N;
 #pragma unroll
     for (int j = 0; j < K::KEY_BLOCK / 8; ++j)
 #pragma unroll
@@ -85,12 +84,13 @@ __device__ __forceinline__ void mask_blocks(float (&s)[BLOCK_N / 2], const Atten
 }
 
 // The same for single keys.
-__device__ __forceinline__ void mask_columns(float (&s)[BLOCK_N / 2], const AttendFwdParams& p, const int* keys,
+template <int SCORES>
+__device__ __forceinline__ void mask_columns(float (&s)[SCORES], const AttendFwdParams& p, const int* keys,
                                              int query, int lane) {
   int end[2];
   key_ends(end, p, query);
 #pragma unroll
-  for (int j = 0; j < BLOCK_N / 8; ++j) {
+  for (int j = 0; j < SCORES / 4; ++j) {
     const int2 pair = *reinterpret_cast<const int2*>(keys + j * 8 + lane % 4 * 2);
 #pragma unroll
     for (int c = 0; c < 4; ++c)
@@ -105,11 +105,12 @@ struct SoftmaxState {
 };
 
 // The largest of this thread's scores in its two rows: in four chains a row, since each step takes the time of several.
-__device__ __forceinline__ void thread_maxima(float (&maximum)[2], const float (&s)[BLOCK_N / 2]) {
+template <int SCORES>
+__device__ __forceinline__ void thread_maxima(float (&maximum)[2], const float (&s)[SCORES]) {
   constexpr int kChains = 4;
   float x[2][kChains];
 #pragma unroll
-  for (int i = 0; i < BLOCK_N / 8; ++i)
+  for (int i = 0; i < SCORES / 4; ++i)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float pair = fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]);
@@ -149,16 +150,16 @@ __device__ __forceinline__ float least_limit(const AttendFwdParams& p, int query
 // s becomes exp(s - maximum), is added to the sums, and goes to `probabilities`, whose registers the product in
 // flight still reads: halfway, `finish_product` waits for its end.
 //   kMaybeNone  a row may have seen no key at all.
-template <typename Element, bool kMaybeNone, typename F>
-__device__ __forceinline__ void exponentials(float (&s)[BLOCK_N / 2], uint32_t (&probabilities)[BLOCK_N / 16][4],
+template <typename Element, bool kMaybeNone, int STEPS, typename F>
+__device__ __forceinline__ void exponentials(float (&s)[8 * STEPS], uint32_t (&probabilities)[STEPS][4],
                                              SoftmaxState& state, float scale_log2, F finish_product) {
-  constexpr int kGroup = 4;  // pairs of a row
+  constexpr int kPairs = 2 * STEPS, kGroup = 4, kFinishAt = kPairs / kFinishAfter;  // of a row
   float shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r)
     shift[r] = (kMaybeNone && state.maximum[r] == -INFINITY ? 0.f : state.maximum[r]) * scale_log2;
 #pragma unroll
-  for (int group = 0; group < BLOCK_N / 8; group += kGroup) {
+  for (int group = 0; group < kPairs; group += kGroup) {
     if (group == kFinishAt) {
       finish_product();
       pack_steps<Element>(probabilities, s, 0, group / 2);

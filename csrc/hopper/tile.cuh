@@ -8,8 +8,8 @@ namespace sparse_attn::hopper {
 
 // A kernel of the family.
 //   HALVES   each warpgroup has a query block of 64 with a list of its own. Otherwise a block is the whole tile.
-//   SKIP     BLASST: a warpgroup leaves out a tile whose scores all lie far below its running maxima. The two lists are
-//            walked as one, whose entries say in two bits who reads them.
+//   SKIP     BLASST: a tile whose scores all lie far below the running maxima of its queries is left out, by each warpgroup
+//            for itself with HALVES, else by both together.
 //   COLUMNS  single keys beside the blocks, gathered.
 //   GROUPS   consumer warpgroups, each with the 64 rows of one matrix instruction.
 template <typename Element_, int HEAD_DIM_, int KEY_BLOCK_, bool HALVES_, bool SKIP_, bool COLUMNS_, int GROUPS_>
@@ -21,12 +21,18 @@ struct Kernel {
   static constexpr int kConsumers = 128 * GROUPS, kThreads = 128 + kConsumers;
   // Two lists as stages that both warpgroups read, then rounds of one stage for each.
   static constexpr bool ROUNDS = HALVES && !SKIP;
+  // Two lists walked as one, whose entries say in two bits who reads them.
+  static constexpr bool PAIRED = HALVES && SKIP;
   // The warpgroups take turns on the matrix unit where stages are their own or gathered: 662 TFLOPS, without turns 657 (S2
   // S32768). Elsewhere they do better without: lists of density 0.5 756 and 746, head size 64 519 and 499, the skip 27.1 ms and
   // 28.6 (S65536, 94 % left out). All but head size 64 on an H200.
   static constexpr bool TURNS = HEAD_DIM > 64 && (ROUNDS || COLUMNS);
+  static constexpr int BLOCK_N = stage_keys(HEAD_DIM);
   static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
   static constexpr int kKeyStages = key_stages(HEAD_DIM, SKIP), kValueStages = value_stages(HEAD_DIM, ROUNDS);
+  // A warpgroup that does not wait for every V of a barrier cannot tell by parity which phase it sees, and looks at the number
+  // of those brought first. With ROUNDS and more than one V stage, the wait for K sees to it.
+  static constexpr bool COUNTS_V = SKIP || (ROUNDS && kValueStages == 1);
   static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
   static constexpr int kArrivals = COLUMNS ? 128 : 1;    // that fill a stage
   static constexpr int kUnroll = GROUPS == 2 ? 2 : 1;    // stages a loop: two need 171 registers, and three warpgroups have 160
@@ -70,17 +76,20 @@ struct Work {
   int64_t list, column_list;  // of the first entry in p.indices and p.column_indices
 };
 
-// Heads go in sections whose keys and values fit the L2 cache together; inside a section the longest rows
-// come first.
+// Heads go in sections whose keys and values fit the L2 cache together, alike in size; inside a section the longest rows come
+// first.
 template <typename K>
 __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
   Work work = {};
   work.is_last = item >= p.num_items;
   if (work.is_last) return work;
-  const int per_section = p.heads_per_section * p.num_tiles;
-  const int section = item / per_section, rest = item % per_section;
-  const int heads = min(p.heads_per_section, p.batch * p.q_heads - section * p.heads_per_section);
-  const int batch_head = section * p.heads_per_section + rest % heads;
+  int heads = p.heads_per_section, first_head = 0;
+  if (const int long_items = p.num_long_sections * heads * p.num_tiles; item >= long_items) {
+    item -= long_items, first_head = p.num_long_sections * heads;
+    heads -= p.gqa_group;
+  }
+  const int per_section = heads * p.num_tiles, rest = item % per_section;
+  const int batch_head = first_head + item / per_section * heads + rest % heads;
   const int place = rest / heads;
   work.batch = batch_head / p.q_heads;
   work.head = batch_head % p.q_heads;
@@ -97,7 +106,10 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
     const int block = order[place];
     row = group * p.num_query_blocks + block;
 #pragma unroll
-    for (int g = 0; g < K::GROUPS; ++g) work.first_query[g] = block * K::BLOCK_M + 64 * g;
+    for (int g = 0; g < K::GROUPS; ++g) {
+      const int query = p.first_row + block * K::BLOCK_M + 64 * g;
+      work.first_query[g] = query < 0 ? p.L : query;  // the copy engine takes no rows before the first
+    }
   }
   work.list = p.offsets[row];
   if constexpr (K::ROUNDS) {
@@ -112,9 +124,9 @@ __device__ __forceinline__ Work find_work(const AttendFwdParams& p, int item) {
   if constexpr (K::SKIP) work.skip_below = p.skip_below[batch_head] / p.scale;
   if constexpr (K::COLUMNS) {
     const int64_t block_row = group * p.num_query_blocks + work.first_query[0] / K::BLOCK_M;
-    work.columns = p.column_bounds[block_row * 2] / BLOCK_N;
+    work.columns = p.column_bounds[block_row * 2] / K::BLOCK_N;
     work.visible_columns = p.column_bounds[block_row * 2 + 1];
-    const int stages = (work.visible_columns + BLOCK_N - 1) / BLOCK_N;
+    const int stages = (work.visible_columns + K::BLOCK_N - 1) / K::BLOCK_N;
     work.masked_columns = stages - work.columns;
     work.column_list =
         p.column_offsets[group * p.column_rows + work.first_query[0] / K::BLOCK_M / p.column_group];
@@ -141,19 +153,20 @@ template <typename K>
 struct alignas(1024) SharedStorage {
   using Element = typename K::Element;
   Element q[kTiles][K::BLOCK_M * K::HEAD_DIM];  // [GROUPS][HEAD_DIM / 64][64][64], swizzled; then O, the same
-  Element k[K::kKeyStages][BLOCK_N * K::HEAD_DIM];    // [HEAD_DIM / 64][BLOCK_N][64], swizzled
-  Element v[K::kValueStages][BLOCK_N * K::HEAD_DIM];
+  Element k[K::kKeyStages][K::BLOCK_N * K::HEAD_DIM];    // [HEAD_DIM / 64][BLOCK_N][64], swizzled
+  Element v[K::kValueStages][K::BLOCK_N * K::HEAD_DIM];
   uint64_t q_full[kTiles], o_full[kTiles], q_empty[kTiles];
   uint64_t k_full[K::kKeyStages], k_empty[K::kKeyStages], v_full[K::kValueStages], v_empty[K::kValueStages];
   uint64_t work_full[2], work_empty[2];
   Work work[2];  // the next item is found while the consumers are at the last
   float nothing;          // for hold_until
+  unsigned filled;        // stages whose K was asked for, when few of an item are left; not with ROUNDS
   // With SKIP, of the last four stages: what each consumer warp voted, 2 * (1 + stage) + (it keeps the tile).
   alignas(16) unsigned votes[4][K::kConsumers / 32];
   unsigned done[2];       // with SKIP: stages whose V each warpgroup will not read again
-  unsigned brought;       // with SKIP: stages whose V was asked for, or left out
+  unsigned brought;       // with COUNTS_V: stages whose V was asked for, or left out
   int words[K::kKeyStages][K::kEntries];  // of the list, of each block in a K tile
-  alignas(16) int columns[K::COLUMNS ? K::kKeyStages : 1][BLOCK_N];  // keys in a K tile of columns
+  alignas(16) int columns[K::COLUMNS ? K::kKeyStages : 1][K::BLOCK_N];  // keys in a K tile of columns
 };
 
 }  // namespace sparse_attn::hopper

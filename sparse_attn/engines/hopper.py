@@ -6,16 +6,23 @@ import torch
 from torch import Tensor
 
 from sparse_attn.engines.base import AttendCall, listed_tiles, load_library, new_out
-from sparse_attn.schedule import Schedule, merged_pairs, paired_rounds, row_order, tall_rows
+from sparse_attn.schedule import (
+    MergedRows,
+    Schedule,
+    first_row,
+    full_rows,
+    merged_pairs,
+    paired_rounds,
+    refined,
+    row_order,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (64, 128)
-BLOCKS = ((128, 128), (128, 64), (64, 128), (64, 64))
-STAGE = 128  # keys that a team multiplies at once
-SKIP_BLOCK = (64, 128)  # one warpgroup's scores of one stage: it votes alone
+KEY_BLOCKS = {64: (128, 64, 16), 128: (128, 64, 16), 256: (64, 16)}  # of the kernels of a head size
+STAGES = {64: 128, 128: 128, 256: 64}  # keys that a warpgroup multiplies at once
 # At head size 64 three warpgroups are faster than two (S16384 on an H200: full 582 TFLOPS for 543, causal 524
 # for 517), on tiles of 192 queries, which are no layout's: where all rows read the same keys, and are many.
-TALL_BLOCK, TALL_LEAST_TILES = 192, 4 * 132
+TALL_TILE, TALL_LEAST_TILES = 192, 4 * 132
 # Keys and values worked on together; an H100 has 50 MB of L2, in two halves. At 16, 20, 24 and 32 MiB a
 # density of 0.05 gives 709, 709, 709 and 677 TFLOPS (H24 S32768 D128).
 L2_BYTES = 20 << 20
@@ -40,24 +47,17 @@ class HopperEngine:
 
     def why_not(self, call: AttendCall) -> list[str]:
         reasons = self.why_off()
-        layout = call.layout
         if call.q.device.type != "cuda":
             reasons.append(f"it runs on CUDA tensors, and these are on {call.q.device}.")
         if call.q.dtype not in DTYPES:
             reasons.append(f"it takes float16 and bfloat16, not {call.q.dtype}.")
         dims = (call.q.shape[-1], call.v.shape[-1])
-        if dims[0] != dims[1] or dims[0] not in HEAD_DIMS:
+        if dims[0] != dims[1] or dims[0] not in KEY_BLOCKS:
             reasons.append(
-                f"it takes head_dim 64 and 128, the same for key and value, not {dims[0]} and {dims[1]}."
+                f"it takes head_dim 64, 128 and 256, the same for key and value, not {dims[0]} and {dims[1]}."
             )
-        block = (layout.block_m, layout.block_n)
-        if block not in BLOCKS:
-            names = ", ".join(f"{m}x{n}" for m, n in BLOCKS)
-            reasons.append(f"it takes blocks of {names}, not {block[0]}x{block[1]}.")
-        if call.skip_below is not None and block != SKIP_BLOCK:
-            reasons.append(f"its BLASST skip takes blocks of 64x128, not {block[0]}x{block[1]}.")
-        if layout.columns is not None and (block[0] != 128 or call.skip_below is not None):
-            reasons.append("it reads column lists beside blocks of 128 queries without a BLASST skip.")
+        else:
+            reasons += _layout_reasons(call)
         if call.needs_grad:
             reasons.append("it has no backward yet.")
         if call.scale <= 0:
@@ -70,15 +70,19 @@ class HopperEngine:
         return reasons
 
     def schedule(self, call: AttendCall) -> Schedule:
-        layout, causal = call.layout, call.is_causal
-        if _takes_tall_tiles(call):
-            return tall_rows(layout, causal, TALL_BLOCK)
-        order = row_order(layout, causal)
-        if layout.block_m == 128:
-            return Schedule(order=order)
-        if call.skip_below is not None:
-            return Schedule(order=order, merged=merged_pairs(layout, causal, order))
-        return Schedule(order=order, merged=paired_rounds(layout, causal, order, STAGE // layout.block_n))
+        causal = call.is_causal
+        block_m, block_n = _tile(call)
+        if _is_dense(call):
+            return full_rows(call.layout, causal, block_m, block_n)
+        layout = refined(call.layout, block_n)
+        order, merged = row_order(layout, causal), None
+        if block_m == 64 and call.skip_below is not None:
+            merged = merged_pairs(layout, causal, order)
+        elif block_m == 64:
+            merged = paired_rounds(layout, causal, order, STAGES[call.q.shape[-1]] // block_n)
+        elif layout is not call.layout:
+            merged = MergedRows(layout.blocks.offsets, layout.blocks.indices, layout.block_bounds(causal))
+        return Schedule(order=order, merged=merged)
 
     def forward(self, call: AttendCall) -> tuple[Tensor, Tensor, Tensor | None]:
         layout = call.layout
@@ -102,14 +106,14 @@ class HopperEngine:
         kept = None
         if call.want_kept and call.skip_below is not None:
             kept = torch.zeros(call.kept_shape, dtype=torch.uint8, device=call.q.device)
-        block_m = TALL_BLOCK if layout.block_m == 128 and lists is not None else layout.block_m
+        tile = _tile(call)
         heads_at_once = max(L2_BYTES // (call.k.shape[2] * D * 4), 1) * call.gqa_group
         q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
         with torch.cuda.device(q.device):
             torch.ops.sparse_attn_hopper.attend_fwd(
                 q, k, v, *blocks, bounds, schedule.order, *columns, skip_below,
                 torch.zeros(1, dtype=torch.int32, device=q.device), out, lse, kept,
-                layout.batch, layout.heads, block_m, layout.block_n, group,
+                layout.batch, layout.heads, *tile, group, first_row(L, tile[0]) if _is_dense(call) else 0,
                 min(heads_at_once, B * Hq), call.is_causal, call.scale,
             )  # fmt: skip
         if call.want_kept and kept is None:
@@ -122,11 +126,43 @@ class HopperEngine:
         raise NotImplementedError("the hopper engine has no backward; why_not says so before the forward.")
 
 
-def _takes_tall_tiles(call: AttendCall) -> bool:
-    layout = call.layout
-    fits = layout.is_full and (layout.block_m, layout.block_n) == (128, 128) and call.q.shape[-1] == 64
-    tiles = call.q.shape[0] * call.q.shape[1] * -(-layout.L // TALL_BLOCK)
-    return fits and call.skip_below is None and layout.columns is None and tiles >= TALL_LEAST_TILES
+def _is_dense(call: AttendCall) -> bool:
+    """Whether all queries read all keys, so that the tiles need not be the layout's."""
+    return call.layout.is_full and call.skip_below is None and call.layout.columns is None
+
+
+def _tile(call: AttendCall) -> tuple[int, int]:
+    """Queries and keys of the blocks that the kernel works on: the layout's, its key blocks cut where they
+    are none of the kernel's. No keys where they cannot be cut so."""
+    head_dim = call.q.shape[-1]
+    if _is_dense(call):
+        tiles = call.q.shape[0] * call.q.shape[1] * -(-call.layout.L // TALL_TILE)
+        is_tall = head_dim == 64 and tiles >= TALL_LEAST_TILES
+        return TALL_TILE if is_tall else 128, STAGES[head_dim]
+    keys = (n for n in KEY_BLOCKS[head_dim] if call.layout.block_n % n == 0)
+    return call.layout.block_m, next(keys, 0)
+
+
+def _layout_reasons(call: AttendCall) -> list[str]:
+    layout, head_dim = call.layout, call.q.shape[-1]
+    if _is_dense(call):
+        return []
+    block_m, block_n = _tile(call)
+    given = f"{layout.block_m}x{layout.block_n}"
+    reasons = []
+    if block_m not in (64, 128) or not block_n:
+        reasons.append(f"it takes blocks of 64 or 128 queries and 16, 32, 64 or 128 keys, not {given}.")
+    skips = call.skip_below is not None
+    if skips and (head_dim > 128 or layout.block_n != 128):
+        reasons.append(
+            f"its BLASST skip takes head_dim 64 and 128 and blocks of 128 keys, not {head_dim} and {given}."
+        )
+    if layout.columns is not None and (skips or head_dim > 128 or block_m != 128 or block_n < 64):
+        reasons.append(
+            "it reads column lists at head_dim 64 and 128 beside blocks of 128 queries and 64 or 128 keys, "
+            "without a BLASST skip."
+        )
+    return reasons
 
 
 def _copy_engine_takes(x: Tensor) -> bool:

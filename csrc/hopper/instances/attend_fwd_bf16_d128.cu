@@ -2,8 +2,11 @@
 
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 128, kBlocks);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 64, kBlocks);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 16, kBlocks);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 128, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 64, kHalves);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 16, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 128, kSkip);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 128, kSkipHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 128, kColumns);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 128, 64, kColumns);

@@ -2,9 +2,12 @@
 
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kBlocks);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 64, kBlocks);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 16, kBlocks);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kTall);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 64, kHalves);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 16, kHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kSkip);
+SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kSkipHalves);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 128, kColumns);
 SPARSE_ATTN_INSTANCE(__nv_bfloat16, 64, 64, kColumns);
