@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from sparse_attn.bench.report import judge, print_verdicts
 from sparse_attn.bench.run import CannotRun, chosen, run_suite
 from sparse_attn.bench.runner import Options, run_cases
 from sparse_attn.bench.suites import BARS, CASES
-from sparse_attn.bench.timing import Times, measure, paired_best_ratio
+from sparse_attn.bench.timing import Times, measure, order_of_round, paired_best_ratio
 from sparse_attn.layout import SparseLayout
 
 TINY = Case("tiny", 2, 1, 200, 32, Random(0.4, 32, 32), "float32", rounds=3, gate_length=150)
@@ -238,6 +240,14 @@ def test_a_run_that_raises_is_dropped_or_ends_the_measurement():
     assert times["good"].host_us == []
     with pytest.raises(OSError, match="gone"):
         measure(runs, "cpu", rounds=3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8])
+def test_every_run_follows_every_other_equally_often(count):
+    rounds = [order_of_round(count, number) for number in range(count * (1 + count % 2))]
+    assert all(sorted(order) == list(range(count)) for order in rounds)
+    pairs = Counter(pair for order in rounds for pair in pairwise(order))
+    assert set(pairs) == set(permutations(range(count), 2)) and len(set(pairs.values())) <= 1
 
 
 @NEEDS_GPU
