@@ -45,7 +45,7 @@ class SparseLayout:
             patterns do). An engine may then compute several small blocks in one tile; what is attended
             does not change.
         is_full: the builder knows that every query block reads every key block. An engine may then cut
-            the queries into tiles of its own.
+            queries and keys into tiles of its own.
     """
 
     blocks: IndexList
