@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from sparse_attn.bench.run import stamp
-from sparse_attn.bench.vllm_overhead import cpu_us
+from sparse_attn.bench.timing import cpu_us
 from sparse_attn.integrations import megatron
 
 HEADS, GROUPS, HEAD_DIM, LENGTH = 32, 8, 128, 64

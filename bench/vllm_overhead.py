@@ -14,8 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,20 +23,11 @@ from unittest import mock
 import torch
 
 from sparse_attn.bench.run import stamp
+from sparse_attn.bench.timing import cpu_us
 from sparse_attn.integrations.vllm_config import ENV
 
 HEADS, KEY_HEADS, HEAD_DIM, PAGE = 32, 8, 128, 16
 DECODING, PROMPTS = [(1, 500 + 37 * n) for n in range(32)], [(200, 200), (300, 812)]
-
-
-def cpu_us(call: Callable[[], Any], calls: int = 100, repeats: int = 100) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.thread_time() - start) / calls)
-    return round(best * 1e6, 1)
 
 
 def vllm_config(folder: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_transformers_patch import WINDOW, logits, tiny_model, tokens  # noqa: E402
 
 import sparse_attn as sa  # noqa: E402
+from sparse_attn.bench.timing import cpu_us  # noqa: E402
 from sparse_attn.integrations.transformers import attention_forward  # noqa: E402
 
 LIMIT_US = 20
@@ -49,17 +49,6 @@ def ops(call: Callable) -> Counter[str]:
     with Count() as count:
         call()
     return count.ops
-
-
-def cpu_us(call: Callable, calls: int = 100, repeats: int = 40) -> float:
-    """Microseconds of this thread's own processor time, the least of many: other load adds to neither."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.thread_time() - start) / calls)
-    return best * 1e6
 
 
 def layer_call(model, mask=None, q_length: int = 64) -> tuple[Callable, tuple[torch.Tensor, ...]]:

@@ -14,9 +14,10 @@ from vllm_batches import ANCHOR, H, HKV, MIXED, PAGE, S2
 from vllm_batches import Batch, builder_and_layers, save_recipe, vllm_config
 # isort: on
 
-from test_transformers_cost import LIMIT_US, cpu_us, ops
+from test_transformers_cost import LIMIT_US, ops
 
 from sparse_attn import varlen_batch
+from sparse_attn.bench.timing import cpu_us
 from sparse_attn.integrations import vllm_backend as backend
 from sparse_attn.integrations import vllm_config as vllm_config_module
 from sparse_attn.integrations.vllm_config import ENV
