@@ -45,7 +45,7 @@ def main(path: str) -> None:
             ("no mask", None),
             ("a causal mask, checked", torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]),
         ):
-            us = cpu_us(lambda mask=mask: layer(q, k, v, mask))
+            us = cpu_us(lambda mask=mask: layer(q, k, v, mask), repeats=100)
             rows.append({"case": name, "us": us, "shape": [LENGTH, 1, HEADS, HEAD_DIM], **stamp()})
             print(f"{name}: {us} us")
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -129,7 +129,7 @@ def order_of_round(count: int, number: int) -> list[int]:
     return order[::-1] if is_turned else order
 
 
-def cpu_us(call: Callable[[], object], calls: int = 100, repeats: int = 100) -> float:
+def cpu_us(call: Callable[[], object], calls: int = 100, repeats: int = 40) -> float:
     """Microseconds of this thread's own processor time a call, the least of many: other load adds nothing."""
     best = float("inf")
     for _ in range(repeats):

@@ -92,9 +92,11 @@ def measure(config: Any, sequences: list[tuple[int, int]], as_on_gpu: bool) -> d
         metadata = builder.build(0, common)
         row = {
             "runs": len(metadata.segments),
-            "layer_us": cpu_us(lambda: impl.forward(layer, query, None, None, cache, metadata, out)),
-            "metadata_us": cpu_us(lambda: builder.build(0, common), 20),
-            "vllms_own_metadata_us": cpu_us(lambda: stock(builder, 0, common), 20),
+            "layer_us": cpu_us(
+                lambda: impl.forward(layer, query, None, None, cache, metadata, out), repeats=100
+            ),
+            "metadata_us": cpu_us(lambda: builder.build(0, common), 20, 100),
+            "vllms_own_metadata_us": cpu_us(lambda: stock(builder, 0, common), 20, 100),
         }
     return row
 

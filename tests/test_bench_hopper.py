@@ -6,7 +6,8 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise, permutations
+from functools import partial
+from itertools import chain, groupby, pairwise, permutations
 
 import pytest
 import torch
@@ -248,6 +249,13 @@ def test_every_run_follows_every_other_equally_often(count):
     assert all(sorted(order) == list(range(count)) for order in rounds)
     pairs = Counter(pair for order in rounds for pair in pairwise(order))
     assert set(pairs) == set(permutations(range(count), 2)) and len(set(pairs.values())) <= 1
+
+
+def test_rounds_run_in_that_order():
+    called: list[int] = []
+    measure({str(n): partial(called.append, n) for n in range(4)}, "cpu", rounds=4)
+    wanted = [*range(4), *chain.from_iterable(order_of_round(4, number) for number in range(4))]
+    assert [n for n, _ in groupby(called)] == [n for n, _ in groupby(wanted)]
 
 
 @NEEDS_GPU
