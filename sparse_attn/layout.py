@@ -45,7 +45,8 @@ class SparseLayout:
             patterns do). An engine may then compute several small blocks in one tile; what is attended
             does not change.
         is_full: the builder knows that every query block reads every key block. An engine may then cut
-            queries and keys into tiles of its own.
+            queries and keys into tiles of its own, and need not read the lists: who replaces them, replaces
+            this.
     """
 
     blocks: IndexList
@@ -99,12 +100,7 @@ class SparseLayout:
     def to(self, device: torch.device | str) -> SparseLayout:
         """The same layout on another device."""
         columns = None if self.columns is None else self.columns.to(device)
-        return self._like(self.blocks.to(device), columns)
-
-    def _like(self, blocks: IndexList, columns: IndexList | None) -> SparseLayout:
-        shape = (self.block_m, self.block_n, self.L, self.S, self.batch, self.heads)
-        alike, full = self.neighbours_alike, self.is_full
-        return SparseLayout(blocks, *shape, columns=columns, neighbours_alike=alike, is_full=full)
+        return replace(self, blocks=self.blocks.to(device), columns=columns, _cache={})
 
     # -- builders ---------------------------------------------------------------------------------
 

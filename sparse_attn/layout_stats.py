@@ -82,6 +82,12 @@ def _add_column_pairs(layout: SparseLayout, is_causal: bool, total: Tensor) -> N
 def check(layout: SparseLayout) -> SparseLayout:
     """See `SparseLayout.check`."""
     _check_list("blocks", layout.blocks, layout.num_key_blocks)
+    if layout.is_full and (layout.blocks.lengths < layout.num_key_blocks).any():
+        row = int((layout.blocks.lengths < layout.num_key_blocks).nonzero()[0])
+        raise ValueError(
+            f"SparseLayout: is_full is set, but row {row} lists {int(layout.blocks.lengths[row])} of "
+            f"{layout.num_key_blocks} blocks; leave is_full out."
+        )
     if layout.columns is not None:
         _check_list("columns", layout.columns, layout.S)
         check_columns_outside_blocks(layout)

@@ -21,6 +21,7 @@ F16, BF16 = torch.float16, torch.bfloat16
 CASES = {
     "columns": ("columns", 1000, 1000, 4, 2, 128, 128, BF16, True, 4, "contiguous"),
     "columns-shared": ("columns", 700, 1300, 8, 2, 64, 64, F16, True, 2, "blhd"),
+    "columns-256-keys": ("columns", 1000, 1300, 4, 2, 128, 256, BF16, True, 4, "contiguous"),
     "columns-full": ("columns", 900, 1000, 2, 2, 128, 64, F16, False, 1, "contiguous"),
     "only-columns": ("only_columns", 640, 2000, 2, 2, 64, 128, BF16, True, 2, "contiguous"),
     "one-column": ("one_column", 300, 300, 2, 1, 128, 128, BF16, False, 1, "contiguous"),
@@ -208,7 +209,7 @@ def test_refusals_are_named():
     ("D", "block_m", "block_n", "skips", "words"),
     [
         (128, 32, 32, False, ["64 or 128 queries", "32x32"]),
-        (128, 64, 40, False, ["16, 32, 64 or 128 keys", "64x40"]),
+        (128, 64, 40, False, ["a multiple of 16 keys", "64x40"]),
         (128, 64, 64, True, ["skip takes", "64x64"]),
         (256, 128, 128, True, ["skip takes", "256 and 128x128"]),
     ],
@@ -221,9 +222,16 @@ def test_refused_layouts_are_named(D, block_m, block_n, skips, words):
     assert all(word in text for word in words), text
 
 
-@pytest.mark.parametrize(("D", "block_m", "block_n"), [(128, 64, 64), (128, 128, 32), (256, 128, 64)])
-def test_refused_columns_are_named(D, block_m, block_n):
+@pytest.mark.parametrize(
+    ("D", "block_m", "block_n", "skips", "is_refused"),
+    [
+        (128, 64, 64, False, True), (128, 128, 32, False, True), (256, 128, 64, False, True),
+        (128, 128, 128, True, True), (128, 128, 64, False, False), (64, 128, 128, False, False),
+    ],
+)  # fmt: skip
+def test_refused_columns_are_named(D, block_m, block_n, skips, is_refused):
     q = torch.zeros(1, 1, 300, D)
     layout = random_layout("columns", 300, 300, block_m=block_m, block_n=block_n)
-    reasons = ENGINES["hopper"].why_not(AttendCall(q, q, q, layout, None, False, 1.0))
-    assert any("column lists" in x for x in reasons), reasons
+    skip = torch.zeros(1, 1) if skips else None
+    reasons = ENGINES["hopper"].why_not(AttendCall(q, q, q, layout, skip, False, 1.0))
+    assert any("column lists" in x for x in reasons) == is_refused, reasons

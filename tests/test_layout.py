@@ -565,6 +565,11 @@ def test_check_names_each_broken_invariant(rows, message) -> None:
         SparseLayout(rows, 16, 16, 48, 64).check()
 
 
+def test_check_finds_a_full_layout_that_is_none() -> None:
+    with pytest.raises(ValueError, match="is_full is set, but row 0 lists 2 of 4 blocks; leave is_full out"):
+        SparseLayout(GOOD, 16, 16, 48, 64, is_full=True).check()
+
+
 def test_check_ignores_what_lies_past_the_rows() -> None:
     SparseLayout(lists([0, 2, 2, 5], [0, 3, 1, 2, 3, 77, -5]), 16, 16, 48, 64).check()
 

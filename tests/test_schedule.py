@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sparse_attn import ops
 from sparse_attn.engines import ENGINES, AttendCall
+from sparse_attn.index_list import IndexList
 from sparse_attn.layout import SparseLayout
 from sparse_attn.schedule import full_rows, merged_pairs, paired_rounds, refined, row_order
 from sparse_attn.testing import random_layout
@@ -135,6 +138,31 @@ def test_tall_tiles_are_taken_where_they_gain(L, D, heads, is_full, tile):
     tiles = None if schedule.merged is None else -(-L // tile)
     assert tiles is None or schedule.order.shape[1] == tiles
     assert (tile is None) == (tiles is None)
+
+
+@pytest.mark.parametrize(("D", "block_n", "cut"), [(128, 32, 16), (128, 256, 128), (256, 128, 64)])
+def test_key_blocks_are_cut_for_the_kernels(D, block_n, cut):
+    q = torch.zeros(1, HEADS, 500, D)
+    layout = random_layout("random", 500, 500, block_m=128, block_n=block_n, heads=HEADS)
+    schedule = ENGINES["hopper"].schedule(AttendCall(q, q, q, layout, None, True, 0.125))
+    finer = refined(layout, cut)
+    assert schedule.merged.indices is finer.blocks.indices and schedule.merged.offsets is finer.blocks.offsets
+    assert torch.equal(schedule.merged.bounds, finer.block_bounds(True))
+    assert torch.equal(schedule.order, row_order(finer, True))
+
+
+@pytest.mark.parametrize("extra", ["skip", "columns"])
+def test_a_full_layout_keeps_its_blocks_under_a_skip_and_beside_columns(extra):
+    """Which tiles fall depends on them, and columns are read beside them."""
+    q = torch.zeros(1, HEADS, 300, 128)
+    layout, skip = SparseLayout.full(300, 300), None
+    if extra == "skip":
+        skip = torch.zeros(1, HEADS)
+    else:
+        none = IndexList(torch.zeros(4, dtype=torch.int64), torch.zeros(1, dtype=torch.int32))
+        layout = replace(layout, columns=none)
+    schedule = ENGINES["hopper"].schedule(AttendCall(q, q, q, layout, skip, True, 0.125))
+    assert schedule.merged is None and torch.equal(schedule.order, row_order(layout, True))
 
 
 def test_a_full_layout_stays_full_elsewhere():

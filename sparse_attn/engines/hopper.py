@@ -30,7 +30,7 @@ L2_BYTES = 20 << 20
 
 class HopperEngine:
     """Block lists, columns and the BLASST skip on TMA and wgmma: a producer, two consumer warpgroups (or
-    three) that take turns, a persistent grid."""
+    three), a persistent grid."""
 
     name = "hopper"
 
@@ -151,7 +151,7 @@ def _layout_reasons(call: AttendCall) -> list[str]:
     given = f"{layout.block_m}x{layout.block_n}"
     reasons = []
     if block_m not in (64, 128) or not block_n:
-        reasons.append(f"it takes blocks of 64 or 128 queries and 16, 32, 64 or 128 keys, not {given}.")
+        reasons.append(f"it takes blocks of 64 or 128 queries and a multiple of 16 keys, not {given}.")
     skips = call.skip_below is not None
     if skips and (head_dim > 128 or layout.block_n != 128):
         reasons.append(
@@ -159,8 +159,8 @@ def _layout_reasons(call: AttendCall) -> list[str]:
         )
     if layout.columns is not None and (skips or head_dim > 128 or block_m != 128 or block_n < 64):
         reasons.append(
-            "it reads column lists at head_dim 64 and 128 beside blocks of 128 queries and 64 or 128 keys, "
-            "without a BLASST skip."
+            "it reads column lists at head_dim 64 and 128 beside blocks of 128 queries and a multiple of 64 "
+            "keys, without a BLASST skip."
         )
     return reasons
 
