@@ -185,7 +185,10 @@ def _full_rows(layout: SparseLayout, causal: bool, block_m: int, block_n: int) -
     offsets = torch.zeros(first.numel() + 1, dtype=torch.int64, device=device)
     bounds = torch.stack([whole.minimum(some), some], -1).to(torch.int32)
     rows = MergedRows(offsets, torch.arange(width, dtype=torch.int32, device=device), bounds)
-    return Schedule(order=_longest_first(some[None]), merged=rows)
+    order = some.clone()
+    if first_row(layout.L, block_m) < 0:
+        order[0] = -1  # the cut tile comes last
+    return Schedule(order=_longest_first(order[None]), merged=rows)
 
 
 def refined(layout: SparseLayout, block_n: int) -> SparseLayout:
@@ -239,50 +242,35 @@ def paired_rounds(layout: SparseLayout, causal: bool, order: Tensor, stage: int)
     """Pairs of query blocks for an engine with two teams, one for each block, that share its keys. Cached.
 
     The keys come in stages of `stage` key blocks. First those that both query blocks list and see whole, as
-    far as they fill stages: both teams read them. Then rounds of two stages, one for each team with what only
-    its query block lists or sees in part; an entry of both is in both. In the first rounds both teams see all
-    keys of their stage.
+    far as they fill stages: both teams read them. What is left comes together, in stages that both teams read
+    and mask, if those are no more than its own would be for the team that has more left. Else it comes in
+    rounds of two stages, one for each team with what is left of its query block; an entry of both is in both.
+    In the first rounds both teams see all keys of their stage.
 
     Returns:
-        offsets int64 [rows + 1]; indices int32 [capacity], key blocks in stage order, `num_key_blocks` where
-        a slot is empty; bounds int32 [rows, 3]: stages for both, rounds without a mask, rounds with one.
+        offsets int64 [rows + 1]; indices int32 [capacity], in stage order: number << 2 | bits, of which bit x
+        is set where it is for the x-th query block, and `num_key_blocks << 2` where a slot is empty; bounds
+        int32 [rows, 4]: stages for both, rounds without a mask, rounds with one or stages together, and 4 for
+        together plus bit x where the x-th query block reads nothing in the second half of its last stage.
     """
     return layout._cached(("rounds", causal, stage), lambda: _pair_rounds(layout, causal, order, stage))
 
 
 def _pair_rounds(layout: SparseLayout, causal: bool, order: Tensor, stage: int) -> MergedRows:
-    lists, bounds, width = layout.blocks, layout.block_bounds(causal).long(), layout.num_key_blocks
-    groups, n = order.shape
-    rows = groups * ceil(n / 2)
-    device = order.device
-    place = torch.empty_like(order)
-    place.scatter_(1, order.long(), torch.arange(n, dtype=torch.int32, device=device).expand(groups, n))
-    place = torch.cat([place.flatten(), place.new_zeros(1)]).long()
-    bounds = torch.cat([bounds, bounds.new_zeros(1, 2)])  # of unused entries
-    start = torch.cat([lists.offsets[:-1], lists.offsets.new_zeros(1)])
+    lists, width, device = layout.blocks, layout.num_key_blocks, layout.device
+    rows = order.shape[0] * ceil(order.shape[1] / 2)
+    pair, number, side, is_masked, is_again = _entries_by_pair(layout, causal, order)
 
-    # Entries by pair, key block and side. An unused or unseen one is put behind all others.
-    row = lists.row_of_entry()
-    nth = torch.arange(lists.capacity, device=device) - start[row]
-    is_used = nth < bounds[row, 1]
-    is_masked = nth >= bounds[row, 0]
-    side = place[row] % 2
-    pair = torch.div(row, n, rounding_mode="floor") * ceil(n / 2) + place[row] // 2
-    pair = torch.where(is_used, pair, rows)
-    key = ((pair * width + lists.indices) * 2 + side) * 2 + is_masked
-    key = torch.where(is_used, key, rows * width * 4).sort().values
-    pair, number = torch.div(key, 4 * width, rounding_mode="floor"), (key >> 2) % width
-    side, is_masked = key >> 1 & 1, (key & 1).bool()
+    def stages_of(entries: Tensor) -> Tensor:
+        return torch.div(entries + stage - 1, stage, rounding_mode="floor")
 
-    # An entry and the next that are one key block, seen whole by both: shared, as far as stages are filled.
-    twin = (key[1:] >> 2 == key[:-1] >> 2) & ~is_masked[1:] & ~is_masked[:-1] & (pair[1:] < rows)
-    no = twin.new_zeros(1)
+    # A key block that both see whole: shared, as far as stages are filled.
+    no = is_again.new_zeros(1)
+    twin = is_again[1:] & ~is_masked[1:] & ~is_masked[:-1]
     is_first, is_second = torch.cat([twin, no]), torch.cat([no, twin])
-    shared = pair.new_zeros(rows + 1).scatter_add_(0, pair, is_first.long())
-    count = torch.cumsum(is_first, 0)  # up to and including each entry
-    rank = count - 1 - (torch.cumsum(shared, 0) - shared)[pair]
-    full = torch.div(shared, stage, rounding_mode="floor") * stage
-    is_shared = (is_first | is_second) & (rank < full[pair])
+    shared, rank = _count_and_rank(pair, is_first, rows)
+    both = torch.div(shared, stage, rounding_mode="floor")
+    is_shared = (is_first | is_second) & (rank < (both * stage)[pair])
 
     # The others of a side in order, first those that it sees whole.
     alone = torch.where(is_shared, rows, pair) * 4 + side * 2 + is_masked
@@ -293,19 +281,67 @@ def _pair_rounds(layout: SparseLayout, causal: bool, order: Tensor, stage: int) 
     alone_rank[by_side] = torch.arange(lists.capacity, device=device) - before.flatten()[alone[by_side] >> 1]
     counts = counts.view(-1, 2, 2)
     rounds = torch.div(counts[..., 0], stage, rounding_mode="floor").amin(-1)
-    all_rounds = torch.div(counts.sum(-1) + stage - 1, stage, rounding_mode="floor").amax(-1)
+    all_rounds = stages_of(counts.sum(-1)).amax(-1)
 
-    length = (full + 2 * stage * all_rounds)[:-1]
+    # The others of a pair in order, each number once.
+    left, left_rank = _count_and_rank(pair, ~is_again & ~is_shared & (pair < rows), rows)
+    is_together = (stages_of(left) <= all_rounds) & (left > 0)
+    tail = torch.where(is_together, stages_of(left), all_rounds)
+
+    length = stage * (both + tail * torch.where(is_together, 1, 2))[:-1]
     offsets = torch.cat([length.new_zeros(1), torch.cumsum(length, 0)])
     in_round = (torch.div(alone_rank, stage, rounding_mode="floor") * 2 + side) * stage + alone_rank % stage
-    slot = offsets[pair] + torch.where(is_shared, rank, full[pair] + in_round)
+    in_tail = (both * stage)[pair] + torch.where(is_together[pair], left_rank, in_round)
+    slot = offsets[pair] + torch.where(is_shared, rank, in_tail)
     # Room for what is stored at most: a list of rounds is twice as long as its longer side, and filled up.
     capacity = 2 * lists.capacity + 4 * stage * rows
-    slot = torch.where((pair == rows) | (is_shared & is_second), capacity, slot)
-    indices = torch.full((capacity + 1,), width, dtype=torch.int32, device=device)
-    indices.scatter_(0, slot, number.to(torch.int32))
-    bounds = torch.stack([torch.div(full, stage, rounding_mode="floor"), rounds, all_rounds - rounds], -1)
-    return MergedRows(offsets, indices[:capacity], bounds[:-1].to(torch.int32).contiguous())
+    slot = torch.where(pair == rows, capacity, slot)
+    # Two entries of one slot: the first brings the number, both their bits.
+    is_number = ~(is_again & (is_shared | is_together[pair]))
+    word = torch.where(is_number, number << 2, 0) + (1 << side)
+    indices = torch.zeros(capacity + 1, dtype=torch.int64, device=device).scatter_add_(0, slot, word)
+    indices = torch.where(indices == 0, width << 2, indices).to(torch.int32)
+
+    # Who has something in the second half of the last stage.
+    nth = torch.where(is_together[pair], left_rank, alone_rank) - ((tail - 1) * stage)[pair]
+    is_late = ~is_shared & (2 * nth >= stage)
+    late = pair.new_zeros(2 * (rows + 1)).scatter_add_(0, 2 * pair + side, is_late.long()).view(-1, 2)
+    flags = (late[:, 0] == 0) + 2 * (late[:, 1] == 0) + 4 * is_together
+    clear = torch.where(is_together, 0, rounds)
+    bounds = torch.stack([both, clear, tail - clear, flags], -1)[:-1].to(torch.int32)
+    return MergedRows(offsets, indices[:capacity], bounds.contiguous())
+
+
+def _entries_by_pair(layout: SparseLayout, causal: bool, order: Tensor) -> tuple[Tensor, ...]:
+    """The lists' entries by pair of rows, key block and side, each int64 or bool [capacity]: the pair, or the
+    number of pairs for an entry that is unused or unseen; the key block; which of the pair's rows it is of;
+    whether it needs a mask; whether the entry before it is the same key block of the same pair."""
+    lists, bounds, width = layout.blocks, layout.block_bounds(causal).long(), layout.num_key_blocks
+    groups, n = order.shape
+    pairs = groups * ceil(n / 2)
+    place = torch.empty_like(order)
+    place.scatter_(1, order.long(), torch.arange(n, dtype=torch.int32, device=order.device).expand(groups, n))
+    place = torch.cat([place.flatten(), place.new_zeros(1)]).long()
+    bounds = torch.cat([bounds, bounds.new_zeros(1, 2)])  # of unused entries
+    start = torch.cat([lists.offsets[:-1], lists.offsets.new_zeros(1)])
+
+    row = lists.row_of_entry()
+    nth = torch.arange(lists.capacity, device=order.device) - start[row]
+    is_used, is_masked = nth < bounds[row, 1], nth >= bounds[row, 0]
+    pair = torch.div(row, n, rounding_mode="floor") * ceil(n / 2) + place[row] // 2
+    key = ((pair * width + lists.indices) * 2 + place[row] % 2) * 2 + is_masked
+    key = torch.where(is_used, key, pairs * width * 4).sort().values
+    pair, number = torch.div(key, 4 * width, rounding_mode="floor"), (key >> 2) % width
+    is_again = torch.cat([key.new_zeros(1).bool(), key[1:] >> 2 == key[:-1] >> 2]) & (pair < pairs)
+    return pair, number, key >> 1 & 1, (key & 1).bool(), is_again
+
+
+def _count_and_rank(pair: Tensor, is_counted: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """How many entries of each pair count, [pairs + 1]; and for each entry the number, from 0, of the last of
+    its pair that counts, itself among them."""
+    count = pair.new_zeros(pairs + 1).scatter_add_(0, pair, is_counted.long())
+    rank = torch.cumsum(is_counted, 0) - 1 - (torch.cumsum(count, 0) - count)[pair]
+    return count, rank
 
 
 def _merge_keys(layout: SparseLayout, causal: bool, order: Tensor, group: int, merge: int) -> MergedRows:

@@ -74,8 +74,8 @@ def test_against_masked_attention(name, batch):
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("L", "S", "dtype"),
-    [(1000, 1000, BF16), (1153, 1300, F16), (1000, 300, BF16)],
-    ids=["even", "chunk", "blind-rows"],
+    [(1000, 1000, BF16), (1153, 1300, F16), (1000, 300, BF16), (1060, 1124, BF16), (1152, 1152, BF16)],
+    ids=["even", "chunk", "blind-rows", "two-of-three", "whole"],
 )
 def test_tiles_of_192_queries(L, S, dtype, causal):
     """Of a full layout at head size 64, where there are many."""
@@ -151,6 +151,50 @@ def test_heads_that_skip_much_little_and_nothing(kind, head_dim, block_m):
     layout = random_layout(kind, length, length, block_m=block_m, block_n=128, heads=1, device="cuda")
     limit = torch.tensor([0.0, 1e-3, 0.3, 1.0] * 3, device="cuda").log()[None]
     check_engine(q * 3, k, v, Plan(layout, limit), engine="hopper", is_causal=True)
+
+
+# Logits that all keys of a block of 128 get on top of their own: maxima are looked for among integers, which
+# order floats below zero the other way round. (Farther from zero, what a tensor core's sums leave out shows
+# in the lse.)
+LEVELS = {
+    "below": lambda n: torch.full((n,), -12.0),
+    "rising": lambda n: torch.linspace(-20, 10, n),
+    "falling": lambda n: torch.linspace(10, -20, n),
+    "to-zero": lambda n: torch.linspace(-14, 0, n),
+    "swinging": lambda n: 14 * torch.sin(torch.arange(n) * 2.0) - 6,
+}
+
+
+def at_levels(q, k, levels):
+    """The same inputs with logits moved by what `levels` says of each block of 128 keys."""
+    q, k = q.clone(), k.clone()
+    blocks = levels(-(-k.shape[2] // 128)).to(k.device)
+    q[..., 0] = 8
+    k[..., 0] = (blocks / 8 * q.shape[-1] ** 0.5).repeat_interleave(128)[: k.shape[2]].to(k.dtype)
+    return q, k
+
+
+@needs_hopper
+@pytest.mark.parametrize("threshold", [None, 0.01, 0.5])
+@pytest.mark.parametrize("block_m", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_scores_of_either_sign(levels, head_dim, block_m, threshold):
+    q, k, v = make_inputs(heads=4, kv_heads=2, L=1000, S=1500, head_dim=head_dim, dtype=BF16, device="cuda")
+    q, k = at_levels(q, k, LEVELS[levels])
+    layout = random_layout("random", 1000, 1500, block_m=block_m, block_n=128, heads=4, device="cuda")
+    limit = None if threshold is None else torch.full((1, 4), threshold, device="cuda").log()
+    check_engine(q, k, v, Plan(layout, limit), engine="hopper", is_causal=True)
+
+
+@needs_hopper
+@pytest.mark.parametrize("levels", LEVELS)
+def test_scores_of_either_sign_in_tiles_of_192(levels):
+    q, k, v = make_inputs(
+        batch=2, heads=48, kv_heads=12, L=1000, S=1100, head_dim=64, dtype=F16, device="cuda"
+    )
+    q, k = at_levels(q, k, LEVELS[levels])
+    check_engine(q, k, v, Plan(SparseLayout.full(1000, 1100, device="cuda")), engine="hopper", is_causal=True)
 
 
 @needs_hopper

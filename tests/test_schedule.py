@@ -68,30 +68,62 @@ def test_rounds_give_each_row_its_list_and_mask_only_the_last(density, block_n, 
     for row in range(HEADS * pairs):
         head, place = divmod(row, pairs)
         words = rows.indices[rows.offsets[row] : rows.offsets[row + 1]].tolist()
-        shared, unmasked, masked = rows.bounds[row].tolist()
-        assert len(words) == (shared + 2 * (unmasked + masked)) * stage
+        shared, unmasked, masked, flags = rows.bounds[row].tolist()
+        together = flags >> 2
+        assert len(words) == (shared + (unmasked + masked) * (1 if together else 2)) * stage
+        assert all(word & 3 == 3 for word in words[: shared * stage])
+        assert not (together and unmasked)
         members = order[head, 2 * place : 2 * place + 2].tolist()
         for team in range(2):
-            visited = words[: shared * stage]
+            stages = [words[n * stage : (n + 1) * stage] for n in range(shared)]
             for n in range(unmasked + masked):
-                first = (shared + 2 * n + team) * stage
-                visited += words[first : first + stage]
+                at = shared + (n if together else 2 * n + team)
+                stages.append(words[at * stage : (at + 1) * stage])
+            if masked and flags >> team & 1:
+                assert all(not word >> team & 1 for word in stages[-1][(stage + 1) // 2 :])
+            visited = [word for words in stages for word in words]
             if team == len(members):
-                assert set(visited) <= {end}
+                assert not any(word >> team & 1 for word in visited)
                 continue
             listed = mask[0, head, members[team]].nonzero().flatten().tolist()
             seen = [x for x in listed if _is_seen(x, members[team], block_n, causal, L, S)]
-            assert sorted(x for x in visited if x < end) == seen
+            assert sorted(word >> 2 for word in visited if word >> team & 1) == seen
+            assert all(word >> 2 <= end for word in visited)
             clear = visited[: (shared + unmasked) * stage]
-            assert all(x < end and _is_whole(x, members[team], block_n, causal, L, S) for x in clear)
+            assert all(word >> team & 1 for word in clear)
+            assert all(_is_whole(word >> 2, members[team], block_n, causal, L, S) for word in clear)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.97])
+def test_what_is_left_comes_together_where_that_takes_no_more_stages(density):
+    layout, stage = layout_of(64, 1024, 1024, density), 2
+    order, mask = row_order(layout, True), layout.block_mask()
+    rows = paired_rounds(layout, True, order, stage)
+    pairs, found = layout.num_query_blocks // 2, set()
+    for row in range(HEADS * pairs):
+        head, place = divmod(row, pairs)
+        shared, unmasked, masked, flags = rows.bounds[row].tolist()
+        first = rows.indices[rows.offsets[row] :][: shared * stage] >> 2
+        left = []
+        for block in order[head, 2 * place : 2 * place + 2].tolist():
+            listed = set(mask[0, head, block].nonzero().flatten().tolist()) - set(first.tolist())
+            left.append({x for x in listed if _is_seen(x, block, 64, True, 1024, 1024)})
+        own = max(-(-len(x) // stage) for x in left)
+        union = -(-len(left[0] | left[1]) // stage)
+        assert (flags >> 2 == 1) == (0 < union <= own)
+        assert masked == union if flags >> 2 else unmasked + masked == own
+        found.add(flags >> 2)
+    assert found == {0, 1}
 
 
 def test_rows_alike_share_all_but_their_edges():
     layout = SparseLayout.full(1024, 1024, block_m=64, block_n=64)
     order = row_order(layout, True)
-    shared, unmasked, masked = paired_rounds(layout, True, order, 2).bounds.unbind(-1)
+    shared, unmasked, masked, flags = paired_rounds(layout, True, order, 2).bounds.unbind(-1)
     lengths = torch.arange(16, 0, -2, dtype=torch.int32)  # key blocks that the longer of a pair sees
     assert torch.equal(shared, (lengths - 2) // 2) and not unmasked.any() and bool((masked == 1).all())
+    # Both read the last stage, and the shorter row, the second of its pair, only its first half.
+    assert bool((flags == 4 + 2).all())
 
 
 @SHAPES
@@ -104,6 +136,8 @@ def test_tiles_of_their_own_read_a_full_layout(causal, L, S, block_m, block_n):
     assert rows.indices.tolist() == list(range(width)) and not rows.offsets.any()
     assert sorted(schedule.order[0].tolist()) == list(range(tiles))
     assert rows.bounds[schedule.order[0].long(), 1].diff().le(0).all()  # longest first
+    if -L % block_m >= 64:
+        assert schedule.order[0, -1] == 0  # the cut tile, whose idle warpgroups leave
     for tile, (unmasked, visible) in enumerate(rows.bounds.tolist()):
         first = tile * block_m - (tiles * block_m - L) // 64 * 64
         end = min(first + block_m, L)

@@ -6,9 +6,10 @@
 
 namespace sparse_attn::hopper {
 
-// S = Q K^T of one warpgroup: [64, BLOCK_N] fp32. From the first K tile on: one addition leads to the descriptor of any.
-template <typename K>
-__device__ __forceinline__ void multiply_qk(float (&s)[K::BLOCK_N / 2], const typename K::Element* q,
+// S = Q K^T of one warpgroup, of the first SCORES * 2 keys of a stage: [64, SCORES * 2] fp32. From the first K tile on: one
+// addition leads to the descriptor of any.
+template <typename K, int SCORES>
+__device__ __forceinline__ void multiply_qk(float (&s)[SCORES], const typename K::Element* q,
                                             const typename K::Element* first_k, int slot) {
   const uint64_t a = matrix_descriptor(q, 16, 1024);
   const uint64_t b = matrix_descriptor(first_k, 16, 1024) + slot * int(K::BLOCK_N * K::HEAD_DIM * sizeof(*q) >> 4);
@@ -18,7 +19,7 @@ __device__ __forceinline__ void multiply_qk(float (&s)[K::BLOCK_N / 2], const ty
     const int chunk = step / 4, within = (step % 4) * 32;
     const uint64_t a_step = a + ((chunk * 64 * 128 + within) >> 4);
     const uint64_t b_step = b + ((chunk * K::BLOCK_N * 128 + within) >> 4);
-    Wgmma<typename K::Element, K::BLOCK_N>::shared_k_major(s, a_step, b_step, step > 0);
+    Wgmma<typename K::Element, SCORES * 2>::shared_k_major(s, a_step, b_step, step > 0);
   }
   wgmma_commit();
 }
@@ -38,7 +39,7 @@ __device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const u
 
 // Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
 template <typename K>
-__device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Work& work,
+__device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Part& work,
                                              float (&o)[K::HEAD_DIM / 2], const SoftmaxState& state, int group,
                                              int tile) {
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   for (int r = 0; r < 2; ++r) inverse[r] = sum[r] == 0.f ? 0.f : reciprocal_fast(sum[r]);
   // Of the four lanes that hold two rows, the first and the second write one lse each. The shift is as the exponentials
   // had it, rounding and all.
-  const int own = lane % 2, query = work.first_query[0] + warp * 16 + lane / 4 + 8 * own;
+  const int own = lane % 2, query = work.first_query + warp * 16 + lane / 4 + 8 * own;
   const float shift = (own ? state.maximum[1] : state.maximum[0]) * p.scale_log2;
   if (lane % 4 < 2 && query < p.L)
     p.lse[(int64_t(work.batch) * p.q_heads + work.head) * p.L + query] = log_sum(own ? sum[1] : sum[0], shift);
@@ -75,7 +76,7 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   }
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0) mbarrier_arrive(&shared.o_full[tile]);
+  if (lane == 0) mbarrier_arrive(&shared.o_full[tile], K::LEAVES ? work.voices : 1);
 }
 
 // Whether none of the four warps whose votes these are keeps a tile.
@@ -113,10 +114,24 @@ enum : unsigned {
   kMasked = 1,
   kFirst = 2,    // of the next item
   kPending = 4,  // P V of an earlier stage is issued beside Q K
-  kVoting = 8    // the tile may be left out
+  kVoting = 8,   // the tile may be left out
+  kHalf = 16     // this warpgroup reads no key of the second half
 };
 template <unsigned FLAGS>
 struct Visit {};
+
+// The first N of an array.
+template <int N, typename T, int M>
+__device__ __forceinline__ T (&first_of(T (&all)[M]))[N] {
+  static_assert(N <= M);
+  return reinterpret_cast<T(&)[N]>(all);
+}
+
+template <bool IS_FIRST, typename T, typename U>
+__device__ __forceinline__ auto& either(T& first, U& second) {
+  if constexpr (IS_FIRST) return first;
+  else return second;
+}
 
 // One consumer warpgroup. Its life is one stream of stages over all its items: the product Q K of a stage is
 // issued before P V of the stage before it, even where that stage belongs to the item before.
@@ -126,11 +141,11 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
   const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;
   const bool elected = threadIdx.x % 128 == 0;
-  float o[K::HEAD_DIM / 2], s[K::BLOCK_N / 2];
+  float o[K::HEAD_DIM / 2], s_all[K::BLOCK_N / 2];
   uint32_t probabilities[K::BLOCK_N / 16][4];
   constexpr SoftmaxState kNothing = {{-INFINITY, -INFINITY}, {0.f, 0.f}, {}};
   SoftmaxState state = kNothing;
-  Work work;
+  Part work;
   unsigned position = 0;  // stages before the next one, or the next round
   Ring<K::kValueStages> values;  // where V of that stage is
   unsigned turn = 0;      // items taken so far: the current one and those before it
@@ -142,23 +157,31 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   int has_output = 0;  // o holds something of this item
   bool is_ready = false;  // K and V of the next visit are there
 
+  auto voices_in = [](const Part& item) {
+    if constexpr (K::LEAVES) return item.voices;
+    else return 1;
+  };
   auto next_work = [&] {
     mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
-    const Work next = read_work(shared.work[turn & 1], group);
+    const Part next = read_work<K>(p, shared.work[turn & 1], group);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.work_empty[turn & 1]);
+    if (lane == 0) mbarrier_arrive(&shared.work_empty[turn & 1], K::LEAVES && turn > 0 ? voices_in(work) : 1);
     ++turn;
     return next;
   };
   // This warpgroup is done with a stage; alone with it, it speaks for the other as well.
-  auto release = [&](uint64_t* barrier, bool is_alone) {
-    if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : 1);
+  auto release = [&](uint64_t* barrier, const Part& item, bool is_alone) {
+    if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : voices_in(item));
   };
 
   // Visit i of `item`. is_alone: the next stages are a round, of which this warpgroup has one.
-  auto visit_one = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
+  auto visit_one = [&]<unsigned FLAGS>(const Part& item, int i, bool is_alone, Visit<FLAGS>) {
     constexpr bool kIsMasked = FLAGS & kMasked, kIsFirst = FLAGS & kFirst, kHasPending = FLAGS & kPending;
     constexpr bool kVotes = K::SKIP && FLAGS & kVoting;
+    constexpr int kParts = FLAGS & kHalf ? 2 : 1;
+    float s_half[K::BLOCK_N / 4];
+    auto& s = either<kParts == 1>(s_all, s_half);
+    forget(s_half);
     const unsigned step = position + (K::ROUNDS && is_alone ? group : 0);
     auto own = values;
     if (K::ROUNDS && is_alone) own.advance(group);
@@ -167,9 +190,12 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     const int slot = uniform(step % K::kKeyStages), phase = (step / K::kKeyStages) & 1, tile = uniform((turn - 1) % kTiles);
     const auto before = K::SKIP ? Ring<K::kValueStages>{step - 1} : pending;
     const int v_slot = uniform(before.slot());
-    const int query = item.first_query[0] + row;
+    const int query = item.first_query + row;
 
     if (i == 0) mbarrier_wait(&shared.q_full[tile], ((turn - 1) / kTiles) & 1);
+    // The first stage that both read after rounds (tile.h, WATCHES).
+    const bool is_after_round = K::WATCHES && kIsFirst && !is_alone && is_pending_alone;
+    if (is_after_round && group == 1) wait_for_note(&shared.passed[0], step - 1);
     if (kIsFirst || !is_ready) mbarrier_wait(&shared.k_full[slot], phase);
     if constexpr (K::COLUMNS) fence_async_proxy();
     int words[K::kEntries];
@@ -193,15 +219,16 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     wgmma_wait<kHasPending ? 1 : 0>();
     pin(s);
     if constexpr (kIsMasked) {
-      if (K::COLUMNS && i - item.unmasked < item.masked_columns) {
+      if (K::COLUMNS && i - item.clear < item.masked_columns) {
         mask_columns(s, p, shared.columns[K::COLUMNS ? slot : 0], query, lane);
         named_sync(kGatherBarrier + group, 128);  // all warps have read the keys: the stage may be filled again
-      } else {
-        mask_blocks<K>(s, p, words, item.first_query[0], group);
+      } else if constexpr (!K::COLUMNS || kParts == 1) {
+        mask_blocks<K>(s, p, first_of<(K::kEntries + kParts - 1) / kParts>(words), item.first_query, group);
       }
     }
-    release(&shared.k_empty[slot], is_alone);
-    const unsigned next = position + (K::ROUNDS && i + 1 >= item.unmasked ? group : 0);
+    release(&shared.k_empty[slot], item, is_alone);
+    if (K::WATCHES && (is_alone || kIsFirst)) store_note_if(elected, &shared.passed[group], step + 1);
+    const unsigned next = position + (K::ROUNDS && i + 1 >= item.shared && item.alone ? group : 0);
     uint64_t* const next_k = &shared.k_full[next % K::kKeyStages];
     const int next_k_phase = (next / K::kKeyStages) & 1;
     if constexpr (kVotes) is_ready = mbarrier_test(next_k, next_k_phase);  // all that counts if the tile is left out
@@ -209,7 +236,18 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     SoftmaxState fresh = state;
     if constexpr (kIsFirst) fresh = kNothing;
     float largest[2], rescale[2];
-    thread_maxima(largest, s);
+    constexpr bool kAsIntegers = K::INTEGER_MAXIMA && !kIsFirst;
+    int bits[2];
+    if constexpr (kAsIntegers) largest_bits(bits, s);
+    else thread_maxima(largest, s);
+    if constexpr (kAsIntegers && kVotes) {
+      if (same_in_warp(fresh.limit[0] < 0.f || fresh.limit[1] < 0.f)) {
+        largest_scores(largest, bits, s);
+      } else {  // negative scores count for nothing
+#pragma unroll
+        for (int r = 0; r < 2; ++r) largest[r] = bits[r] < 0 ? -INFINITY : __int_as_float(bits[r]);
+      }
+    }
     bool votes_to_skip = false;
     if constexpr (kVotes) {
       if constexpr (kIsFirst) fresh.limit[0] = least_limit(p, query), fresh.limit[1] = least_limit(p, query + 8);
@@ -230,7 +268,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
         wgmma_wait<0>();
         pin(o);
         has_output = 1;
-        if constexpr (!K::SKIP) release(&shared.v_empty[v_slot], is_pending_alone);
+        if constexpr (!K::SKIP) release(&shared.v_empty[v_slot], work, is_pending_alone);
       }
       if constexpr (K::SKIP) store_note_if(elected, &shared.done[group], done);
     };
@@ -241,16 +279,25 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       }
     };
     if (!kVotes || !votes_to_skip) {
-      const bool moves = move_maxima<kIsFirst, kIsMasked>(largest, fresh, rescale, p);
+      bool moves = !kAsIntegers || kVotes || may_pass(bits, fresh, p);
+      if (moves) {
+        if constexpr (kAsIntegers && !kVotes) largest_scores(largest, bits, s);
+        moves = move_maxima<kIsFirst, kIsMasked>(largest, fresh, rescale, p);
+      }
       if constexpr (kVotes) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + item.skip_below);
       }
-      exponentials<Element, kIsMasked>(s, probabilities, fresh, p.scale_log2, [&] {
+      exponentials<Element, kIsMasked>(s, first_of<K::BLOCK_N / 16 / kParts>(probabilities), fresh, p.scale_log2, [&] {
         // The exponentials so far come first, while the matrix unit works on P V.
         if constexpr (kHasPending) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
         finish_product(step);
       });
+#pragma unroll
+      for (int i = K::BLOCK_N / 16 / kParts; i < K::BLOCK_N / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) probabilities[i][j] = 0;
+      if (is_after_round) wait_for_note(&shared.passed[1 - group], step + group);
       // Asked now, the answer is there when the next visit starts.
       if constexpr (K::COUNTS_V)
         is_ready = mbarriers_test(next_k, next_k_phase, &shared.v_full[own.slot()], own.phase(), &shared.brought, own.at + 1);
@@ -259,13 +306,14 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       state = fresh;
       if ((kHasPending || K::SKIP) && !kIsFirst && moves) rescale_output<K::HEAD_DIM>(o, rescale);
       if constexpr (!K::SKIP) pending = own;
+      if constexpr (kParts > 1) forget(s_all);
       is_pending_alone = is_alone;
       is_pending = true;
       if constexpr (K::SKIP) {
-        if (p.kept != nullptr && elected && item.first_query[0] < p.L) {
-          const int block = item.first_query[0] / (K::HALVES ? 64 : K::BLOCK_M);
+        if (p.kept != nullptr && elected && item.first_query < p.L) {
+          const int block = item.first_query / (K::HALVES ? 64 : K::BLOCK_M);
           const int64_t row = int64_t(item.batch * p.q_heads + item.head) * p.num_query_blocks + block;
-          p.kept[row * p.num_key_blocks + (K::PAIRED ? words[0] >> 2 : words[0])] = 1;
+          p.kept[row * p.num_key_blocks + (K::HALVES ? words[0] >> 2 : words[0])] = 1;
         }
       }
     } else {
@@ -275,7 +323,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       is_pending = false;
     }
   };
-  auto visit = [&]<unsigned FLAGS>(const Work& item, int i, bool is_alone, Visit<FLAGS>) {
+  auto visit = [&]<unsigned FLAGS>(const Part& item, int i, bool is_alone, Visit<FLAGS>) {
     if (!K::SKIP || same_in_warp(is_pending)) visit_one(item, i, is_alone, Visit<FLAGS | kPending | kVoting>());
     else visit_one(item, i, is_alone, Visit<FLAGS | kVoting>());
   };
@@ -284,44 +332,53 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   if (K::TURNS && group == 1) named_arrive(kTurnBarrier, K::kConsumers);
   work = next_work();
   if (work.is_last) return;
-  if (work.unmasked + work.rounds > 0) visit_one(work, 0, work.unmasked == 0, Visit<kFirst | kVoting>());
-  else visit_one(work, 0, true, Visit<kFirst | kMasked | kVoting>());
+  if (work.clear > 0) visit_one(work, 0, work.shared == 0, Visit<kFirst | kVoting>());
+  else visit_one(work, 0, work.alone, Visit<kFirst | kMasked | kVoting>());
   while (true) {
-    const int unmasked = work.unmasked + work.rounds;
-    const int visits = K::ROUNDS ? unmasked + work.masked_rounds : work.count;
     int i = 1;
     if constexpr (K::SKIP) {
       // What loops carry stays in uniform registers only if it is known to be uniform where they begin.
       position = uniform(position), values.at = uniform(values.at);
       if (same_in_warp(work.skip_below == -INFINITY && is_pending)) {  // no tile may be left out
 #pragma unroll 2
-        for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
+        for (; i < work.shared; ++i) visit_one(work, i, false, Visit<kPending>());
       }
-      while (i < work.unmasked) {
+      while (i < work.shared) {
         if (same_in_warp(is_pending)) {
 #pragma unroll 2
           do visit_one(work, i, false, Visit<kPending | kVoting>());
-          while (++i < work.unmasked && same_in_warp(is_pending));
+          while (++i < work.shared && same_in_warp(is_pending));
         } else {
 #pragma unroll 1
           do visit_one(work, i, false, Visit<kVoting>());
-          while (++i < work.unmasked && !same_in_warp(is_pending));
+          while (++i < work.shared && !same_in_warp(is_pending));
         }
       }
     } else {
 #pragma unroll K::kUnroll
-      for (; i < work.unmasked; ++i) visit_one(work, i, false, Visit<kPending>());
+      for (; i < work.shared; ++i) visit_one(work, i, false, Visit<kPending>());
     }
     if constexpr (K::ROUNDS) {
 #pragma unroll 1
-      for (; i < unmasked; ++i) visit(work, i, true, Visit<0>());
+      for (; i < work.clear; ++i) visit(work, i, true, Visit<0>());
     }
 #pragma unroll 1
-    for (; i < visits; ++i) visit(work, i, true, Visit<kMasked>());
-    const Work next = next_work();
+    for (; i < work.visits - work.last_is_half; ++i) visit(work, i, work.alone, Visit<kMasked>());
+    if constexpr (K::MAY_HALVE)
+      if (i < work.visits) visit(work, i, work.alone, Visit<kMasked | kHalf>());
+    if constexpr (K::LEAVES)
+      if (work.visits < work.count) {  // by one stage, which it lets pass
+        const int slot = uniform(position % K::kKeyStages), v_slot = uniform(values.slot());
+        mbarrier_wait(&shared.k_full[slot], (position / K::kKeyStages) & 1);
+        release(&shared.k_empty[slot], work, false);
+        mbarrier_wait(&shared.v_full[v_slot], values.phase());
+        release(&shared.v_empty[v_slot], work, false);
+        ++position, values.advance(1);
+      }
+    const Part next = next_work();
     if (next.is_last) break;
-    if (next.unmasked + next.rounds > 0) visit(next, 0, next.unmasked == 0, Visit<kFirst>());
-    else visit(next, 0, true, Visit<kFirst | kMasked>());
+    if (next.clear > 0) visit(next, 0, next.shared == 0, Visit<kFirst>());
+    else visit(next, 0, next.alone, Visit<kFirst | kMasked>());
     work = next;
   }
   if (!K::SKIP || is_pending) {
@@ -332,7 +389,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     multiply_pv<K>(o, probabilities, shared.v[pending.slot()], has_output);
     wgmma_wait<0>();
     pin(o);
-    if constexpr (!K::SKIP) release(&shared.v_empty[pending.slot()], is_pending_alone);  // the other may wait for one more
+    if constexpr (!K::SKIP) release(&shared.v_empty[pending.slot()], work, is_pending_alone);  // the other may wait for one more
   }
   leave_output<K>(p, shared, work, o, state, group, turn % kTiles);  // `turn` counts the end, too
 }
@@ -369,6 +426,7 @@ __global__ void __launch_bounds__(K::kThreads, 1)
       shared.done[0] = shared.done[1] = 0;
     }
     if constexpr (K::COUNTS_V) shared.brought = 0;
+    if constexpr (K::WATCHES) shared.passed[0] = shared.passed[1] = 0;
     mbarrier_init_fence();
     prefetch_tensor_map(&map_q);
     prefetch_tensor_map(&map_k);

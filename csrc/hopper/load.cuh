@@ -23,7 +23,7 @@ __device__ __forceinline__ void copy_blocks(typename K::Element* tile, const CUt
     if (thread == 0) mbarrier_expect_bytes(full, K::BLOCK_N * K::HEAD_DIM * sizeof(typename K::Element));
     __syncwarp();
     if (thread < K::kEntries) {
-      const int block = K::PAIRED ? stage.block >> 2 : stage.block;
+      const int block = K::HALVES ? stage.block >> 2 : stage.block;
 #pragma unroll
       for (int chunk = 0; chunk < K::HEAD_DIM / kChunk; ++chunk)
         tma_load(tile + (chunk * K::BLOCK_N + thread * K::KEY_BLOCK) * kChunk, map, full, chunk * kChunk,
@@ -105,7 +105,7 @@ __device__ __forceinline__ void publish(const AttendFwdParams& p, SharedStorage<
   wait_calmly<K>(&shared.work_empty[turn & 1], ((turn >> 1) & 1) ^ 1);
   Work& work = shared.work[turn & 1];
   while (true) {
-    if (lane == 0) work = find_work<K>(p, taken == 0 ? blockIdx.x : atomicAdd(p.counter, 1) + gridDim.x);
+    if (lane == 0) find_work<K>(p, taken == 0 ? blockIdx.x : atomicAdd(p.counter, 1) + gridDim.x, work);
     ++taken;
     __syncwarp();
     if (work.is_last || work.count > 0) break;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void produce_values(const AttendFwdParams& p, const C
     int held = 0, ahead = read(lane);
     for (int i = 0; i < work.count; ++i, ++step) {
       if (i % 32 == 0) held = ahead, ahead = read(i + 32 + lane);
-      const int block = __shfl_sync(0xffffffff, held, i % 32) >> (K::PAIRED ? 2 : 0), slot = step % K::kValueStages;
+      const int block = __shfl_sync(0xffffffff, held, i % 32) >> (K::HALVES ? 2 : 0), slot = step % K::kValueStages;
       // Both are done with what was there, and so have voted on the stage after that one.
       auto is_free = [&] { return int(load_note(&shared.done[lane % 2]) + K::kValueStages - 1 - step) >= 0; };
       while (!__all_sync(0xffffffff, is_free())) __nanosleep(kValueNanoseconds);
@@ -296,7 +296,7 @@ __device__ __forceinline__ void produce(const AttendFwdParams& p, const CUtensor
     const int32_t* column_list = p.column_indices + work.column_list;
     auto read = [&](int window) {
       const int entry = window * 32 + lane;
-      return entry < work.visible ? list[entry] : (K::PAIRED ? p.num_key_blocks << 2 : p.num_key_blocks);
+      return entry < work.visible ? list[entry] : (K::HALVES ? p.num_key_blocks << 2 : p.num_key_blocks);
     };
     auto read_column = [&](int stage) {
       const int entry = stage * K::BLOCK_N + thread;

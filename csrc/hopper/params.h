@@ -10,8 +10,8 @@ struct AttendFwdParams {
   uint8_t* kept;             // [B, Hq, Lb, Sb], zeros at first; null unless asked
   const float* skip_below;   // [B, Hq], natural log of lambda; null without a skip rule
   const int64_t* offsets;    // [rows + 1]
-  const int32_t* indices;    // key blocks, ascending in a row; of merged rows: number << 2 | bits; of rounds: in stages
-  const int32_t* bounds;     // [rows, 2]: unmasked and visible entries; of rounds: [rows, 3], schedule.py says what
+  const int32_t* indices;    // key blocks, ascending in a row; of pairs of rows: number << 2 | bits, and of rounds: in stages
+  const int32_t* bounds;     // [rows, 2]: unmasked and visible entries; of rounds: [rows, 4], schedule.py says what
   const int32_t* order;      // [B' * H', Lb]: query blocks of a head, longest row first
   const int64_t* column_offsets;  // [column rows + 1]
   const int32_t* column_indices;  // single keys, ascending in a row

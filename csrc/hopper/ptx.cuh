@@ -244,6 +244,13 @@ __device__ __forceinline__ void pin(float (&registers)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
+// Costs nothing: what the registers hold is not needed, so that nothing keeps it.
+template <int N>
+__device__ __forceinline__ void forget(float (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "=f"(registers[i]));
+}
+
 // What follows does not start before x >= 0 is known; the store never happens. ptxas moves waits up past arithmetic,
 // but not past this.
 __device__ __forceinline__ void hold_until(float x, void* somewhere) {

@@ -62,24 +62,25 @@ __device__ __forceinline__ void key_ends(int (&end)[2], const AttendFwdParams& p
 
 // Cut keys beyond the causal edge, beyond the sequence end, or in slots that hold no block of this warpgroup's list.
 // first_query: of the warpgroup, whose rows all see a block that this one sees whole.
-template <typename K>
-__device__ __forceinline__ void mask_blocks(float (&s)[K::BLOCK_N / 2], const AttendFwdParams& p,
-                                            const int (&words)[K::kEntries], int first_query, int group) {
+template <typename K, int SCORES, int ENTRIES>
+__device__ __forceinline__ void mask_blocks(float (&s)[SCORES], const AttendFwdParams& p, const int (&words)[ENTRIES],
+                                            int first_query, int group) {
+  constexpr int kOctets = SCORES / 4 / ENTRIES;  // groups of 8 keys, of a block or of half a block
   const int lane = threadIdx.x % 32;
   int end[2], first_end[2];
   key_ends(end, p, first_query + threadIdx.x % 128 / 32 * 16 + lane / 4);
   key_ends(first_end, p, first_query);
 #pragma unroll
-  for (int e = 0; e < K::kEntries; ++e) {
-    const bool is_listed = !K::PAIRED || (words[e] >> group & 1);
-    const int first = (K::PAIRED ? words[e] >> 2 : words[e]) * K::KEY_BLOCK;
+  for (int e = 0; e < ENTRIES; ++e) {
+    const bool is_listed = !K::HALVES || (words[e] >> group & 1);
+    const int first = (K::HALVES ? words[e] >> 2 : words[e]) * K::KEY_BLOCK;
     if (is_listed && first + K::KEY_BLOCK <= first_end[0]) continue;
     const int key = is_listed ? first + lane % 4 * 2 : kNoKey - K::BLOCK_N;
 #pragma unroll
-    for (int j = 0; j < K::KEY_BLOCK / 8; ++j)
+    for (int j = 0; j < kOctets; ++j)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (key + j * 8 + (c & 1) >= end[c >> 1]) s[4 * (e * K::KEY_BLOCK / 8 + j) + c] = -INFINITY;
+        if (key + j * 8 + (c & 1) >= end[c >> 1]) s[4 * (e * kOctets + j) + c] = -INFINITY;
   }
 }
 
@@ -118,6 +119,52 @@ __device__ __forceinline__ void thread_maxima(float (&maximum)[2], const float (
     }
 #pragma unroll
   for (int r = 0; r < 2; ++r) maximum[r] = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
+}
+
+// The bits of floats compare as integers do where one is not negative, and the other way round where both are; and of
+// integers one instruction takes the largest of three. So this is the largest score of each of the thread's two rows, unless
+// all are negative, and a number that has the sign bit then.
+template <int SCORES>
+__device__ __forceinline__ void largest_bits(int (&largest)[2], const float (&s)[SCORES]) {
+  constexpr int kChains = 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int x[kChains];
+#pragma unroll
+    for (int i = 0; i < SCORES / 4; ++i) {
+      const int a = __float_as_int(s[4 * i + 2 * r]), b = __float_as_int(s[4 * i + 2 * r + 1]);
+      x[i % kChains] = i < kChains ? max(a, b) : __vimax3_s32(x[i % kChains], a, b);
+    }
+    largest[r] = max(__vimax3_s32(x[0], x[1], x[2]), x[3]);
+  }
+}
+
+// The largest score of each row, from what `largest_bits` found.
+template <int SCORES>
+__device__ __forceinline__ void largest_scores(float (&largest)[2], const int (&bits)[2], const float (&s)[SCORES]) {
+  constexpr int kChains = 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    unsigned x[kChains];
+#pragma unroll
+    for (int i = 0; i < SCORES / 4; ++i) {
+      const unsigned a = __float_as_uint(s[4 * i + 2 * r]), b = __float_as_uint(s[4 * i + 2 * r + 1]);
+      x[i % kChains] = i < kChains ? min(a, b) : __vimin3_u32(x[i % kChains], a, b);
+    }
+    const unsigned least = min(__vimin3_u32(x[0], x[1], x[2]), x[3]);
+    largest[r] = bits[r] < 0 ? __uint_as_float(least) : __int_as_float(bits[r]);
+  }
+}
+
+// Whether, in the warp, a score passes the maximum of its row by `headroom`, or maybe: where that is a negative number.
+__device__ __forceinline__ bool may_pass(const int (&bits)[2], const SoftmaxState& state, const AttendFwdParams& p) {
+  bool passes = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int limit = __float_as_int(state.maximum[r] + p.headroom);
+    passes |= limit < 0 || bits[r] > limit;
+  }
+  return __any_sync(0xffffffff, passes);
 }
 
 // The maxima move only when a score passes them by `headroom` (a factor of 2^8): sums and products stay far from
