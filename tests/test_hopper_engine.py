@@ -86,6 +86,24 @@ def test_tiles_of_192_queries(L, S, dtype, causal):
     check_engine(q, k, v, Plan(layout), engine="hopper", is_causal=causal)
 
 
+@needs_hopper
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_many_short_items_over_and_over(block_m, D):
+    """Where a warp runs ahead of its warpgroup, or one of the other: a stage freed too soon hung here."""
+    q, k, v = make_inputs(heads=96, kv_heads=96, L=1000, S=1000, head_dim=D, dtype=BF16, device="cuda")
+    layouts = [
+        SparseLayout.full(1000, 1000, block_m=block_m, device="cuda"),
+        random_layout("random", 1000, 1000, block_m=block_m, block_n=64, heads=96, device="cuda"),
+        random_layout("strided", 1000, 1000, block_m=block_m, block_n=64, heads=96, device="cuda"),
+    ]
+    for layout in layouts:
+        first = sa.sparse_attention(q, k, v, layout, is_causal=True, engine="hopper")
+        for _ in range(1000):
+            again = sa.sparse_attention(q, k, v, layout, is_causal=True, engine="hopper")
+        assert torch.equal(first, again)
+
+
 # kind, L, S, query heads, key heads, D, key block, dtype, causal, layout heads
 HALF_CASES = {
     "full": ("full", 512, 512, 2, 1, 128, 128, BF16, True, 1),
@@ -154,8 +172,7 @@ def test_heads_that_skip_much_little_and_nothing(kind, head_dim, block_m):
 
 
 # Logits that all keys of a block of 128 get on top of their own: maxima are looked for among integers, which
-# order floats below zero the other way round. (Farther from zero, what a tensor core's sums leave out shows
-# in the lse.)
+# order floats below zero the other way round.
 LEVELS = {
     "below": lambda n: torch.full((n,), -12.0),
     "rising": lambda n: torch.linspace(-20, 10, n),
@@ -166,11 +183,13 @@ LEVELS = {
 
 
 def at_levels(q, k, levels):
-    """The same inputs with logits moved by what `levels` says of each block of 128 keys."""
-    q, k = q.clone(), k.clone()
+    """The same inputs with logits moved by what `levels` says of each block of 128 keys. In quarters, so that
+    scores are exact: what a tensor core's sums leave out grows with them, and would show in the lse."""
+    q, k = (q * 4).round() / 4, (k * 4).round() / 4
     blocks = levels(-(-k.shape[2] // 128)).to(k.device)
     q[..., 0] = 8
-    k[..., 0] = (blocks / 8 * q.shape[-1] ** 0.5).repeat_interleave(128)[: k.shape[2]].to(k.dtype)
+    quarters = (blocks / 8 * q.shape[-1] ** 0.5 * 4).round() / 4
+    k[..., 0] = quarters.repeat_interleave(128)[: k.shape[2]].to(k.dtype)
     return q, k
 
 

@@ -236,11 +236,10 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     SoftmaxState fresh = state;
     if constexpr (kIsFirst) fresh = kNothing;
     float largest[2], rescale[2];
-    constexpr bool kAsIntegers = K::INTEGER_MAXIMA && !kIsFirst;
     int bits[2];
-    if constexpr (kAsIntegers) largest_bits(bits, s);
-    else thread_maxima(largest, s);
-    if constexpr (kAsIntegers && kVotes) {
+    if constexpr (kIsFirst) thread_maxima(largest, s);
+    else largest_bits(bits, s);
+    if constexpr (kVotes && !kIsFirst) {
       if (same_in_warp(fresh.limit[0] < 0.f || fresh.limit[1] < 0.f)) {
         largest_scores(largest, bits, s);
       } else {  // negative scores count for nothing
@@ -279,9 +278,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       }
     };
     if (!kVotes || !votes_to_skip) {
-      bool moves = !kAsIntegers || kVotes || may_pass(bits, fresh, p);
+      bool moves = kIsFirst || kVotes || may_pass(bits, fresh, p);
       if (moves) {
-        if constexpr (kAsIntegers && !kVotes) largest_scores(largest, bits, s);
+        if constexpr (!kIsFirst && !kVotes) largest_scores(largest, bits, s);
         moves = move_maxima<kIsFirst, kIsMasked>(largest, fresh, rescale, p);
       }
       if constexpr (kVotes) {
@@ -370,8 +369,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
       if (work.visits < work.count) {  // by one stage, which it lets pass
         const int slot = uniform(position % K::kKeyStages), v_slot = uniform(values.slot());
         mbarrier_wait(&shared.k_full[slot], (position / K::kKeyStages) & 1);
-        release(&shared.k_empty[slot], work, false);
         mbarrier_wait(&shared.v_full[v_slot], values.phase());
+        named_sync(kPassBarrier + group, 128);  // no product holds the warps together: all have waited before one frees
+        release(&shared.k_empty[slot], work, false);
         release(&shared.v_empty[v_slot], work, false);
         ++position, values.advance(1);
       }

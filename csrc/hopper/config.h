@@ -44,5 +44,6 @@ constexpr unsigned kFilledNanoseconds = 300;  // between looks at how many stage
 
 // Numbers of the named barriers: 1 + g is warpgroup g's turn to issue products, the others its own.
 constexpr int kTurnBarrier = 1, kGatherBarrier = 3, kProducerBarrier = 5, kVoteBarrier = 6, kPairBarrier = 8;
+constexpr int kPassBarrier = 12;
 
 }  // namespace sparse_attn::hopper

@@ -38,7 +38,7 @@ __device__ __forceinline__ void copy_blocks(typename K::Element* tile, const CUt
 template <typename K>
 __device__ __forceinline__ void copy_columns(typename K::Element* tile, const char* base, uint32_t stride_bytes,
                                              uint64_t* full, const int* keys, bool is_full) {
-  constexpr int kBatch = 4;  // addresses worked out before they are used
+  constexpr int kBatch = 8;  // addresses worked out before they are used
   const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 8, piece = threadIdx.x % 8;
   const uint64_t from = reinterpret_cast<uint64_t>(base) + piece * 16;
   const uint32_t to = smem_address(tile) + (warp * 32 + row) * 128, even = (piece ^ row) * 16, odd = even ^ 64;

@@ -29,9 +29,6 @@ struct Kernel {
   // Tiles cut short come after all others; the warpgroups without queries leave then, and the last speaks for them. Under the
   // causal edge the first ones let the last stage pass, of which they see nothing.
   static constexpr bool LEAVES = GROUPS == 3;
-  // Maxima are looked for among integers, three at a time (softmax.cuh): full head size 64 1.048, causal head size 128 1.027, 83 %
-  // left out 1.056 times as fast; but lists of 128 queries at head size 64 0.99.
-  static constexpr bool INTEGER_MAXIMA = HEAD_DIM > 64 || HALVES || GROUPS == 3;
   static constexpr int BLOCK_N = stage_keys(HEAD_DIM);
   static constexpr int kEntries = BLOCK_N / KEY_BLOCK;  // of a stage
   // Of the last stage, which needs a mask, a warpgroup may multiply half.
