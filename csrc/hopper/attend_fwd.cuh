@@ -287,9 +287,9 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 #pragma unroll
         for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + item.skip_below);
       }
-      exponentials<Element, kIsMasked>(s, first_of<K::BLOCK_N / 16 / kParts>(probabilities), fresh, p.scale_log2, [&] {
+      exponentials<Element, kIsMasked, K::kFinishAfter>(s, first_of<K::BLOCK_N / 16 / kParts>(probabilities), fresh, p.scale_log2, [&] {
         // The exponentials so far come first, while the matrix unit works on P V.
-        if constexpr (kHasPending) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
+        if constexpr (kHasPending && holds(K::GROUPS)) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
         finish_product(step);
       });
 #pragma unroll

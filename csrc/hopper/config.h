@@ -34,8 +34,12 @@ constexpr int consumer_registers(bool gathers, int groups) {
 }
 
 // P V of the stage before is waited for after half of a row's exponentials, so that the rest hides the packing and the
-// rescaling. After a quarter, a half, three quarters and all: 1.018, 1.018, 0.997, 0.954 of FA3 (full H24 S32768 D128).
-constexpr int kFinishAfter = 2;  // a half
+// rescaling. After a quarter, a half, three quarters and all: 1.018, 1.018, 0.997, 0.954 of FA3 (full H24 S32768 D128). At head
+// size 64 with two warpgroups a quarter: 1.045 and 1.024 times as fast as half (lists of density 0.5 and 0.05 on an H200).
+constexpr int finish_after(int head_dim, int groups) { return head_dim == 64 && groups == 2 ? 4 : 2; }
+// The exponentials before that are held to come first (ptx.cuh, hold_until), but where three warpgroups have the matrix unit
+// busy: full head size 64 is 1.041 times as fast without (S16384, H200), causal head size 128 0.990.
+constexpr bool holds(int groups) { return groups == 2; }
 
 // With SKIP, sleep between two looks of the warps that find work and write outputs, and of the one that brings V: 52.4 ms,
 // without 53.4 (S65536, nothing skipped), where the card's power is the limit. The other kernels gain nothing.

@@ -195,12 +195,14 @@ __device__ __forceinline__ float least_limit(const AttendFwdParams& p, int query
 }
 
 // s becomes exp(s - maximum), is added to the sums, and goes to `probabilities`, whose registers the product in
-// flight still reads: halfway, `finish_product` waits for its end.
-//   kMaybeNone  a row may have seen no key at all.
-template <typename Element, bool kMaybeNone, int STEPS, typename F>
+// flight still reads: after a part of them, `finish_product` waits for its end.
+//   kMaybeNone    a row may have seen no key at all.
+//   kFinishAfter  which part: one in so many.
+template <typename Element, bool kMaybeNone, int kFinishAfter, int STEPS, typename F>
 __device__ __forceinline__ void exponentials(float (&s)[8 * STEPS], uint32_t (&probabilities)[STEPS][4],
                                              SoftmaxState& state, float scale_log2, F finish_product) {
-  constexpr int kPairs = 2 * STEPS, kGroup = 4, kFinishAt = kPairs / kFinishAfter;  // of a row
+  constexpr int kPairs = 2 * STEPS, kGroup = 4;  // of a row
+  constexpr int kFinishAt = kPairs / kFinishAfter < kGroup ? kGroup : kPairs / kFinishAfter;
   float shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r)

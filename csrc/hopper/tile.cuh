@@ -44,6 +44,7 @@ struct Kernel {
   static constexpr bool WATCHES = ROUNDS && !TURNS;
   static constexpr int kProducers = COLUMNS ? 128 : 32;  // threads
   static constexpr int kArrivals = COLUMNS ? 128 : 1;    // that fill a stage
+  static constexpr int kFinishAfter = finish_after(HEAD_DIM, GROUPS);  // 1 / kFinishAfter of the exponentials
   static constexpr int kUnroll = GROUPS == 2 ? 2 : 1;    // stages a loop: two need 171 registers, and three warpgroups have 160
 };
 
