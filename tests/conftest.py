@@ -71,12 +71,19 @@ def epyc_times(monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch, on_vectors) -> list:
-    """The calls of the CPU engine."""
+def cpu_engine():
+    """For a test of what only the compiled CPU engine does."""
     from sparse_attn.engines import ENGINES
 
     if reasons := ENGINES["cpu"].why_off():
         pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture
+def calls(monkeypatch, on_vectors, cpu_engine) -> list:
+    """The calls of the CPU engine."""
+    from sparse_attn.engines import ENGINES
+
     made: list = []
     forward = type(ENGINES["cpu"]).forward
 

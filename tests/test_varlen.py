@@ -312,6 +312,7 @@ def test_each_sequence_has_its_own_context_and_cache():
     assert not torch.allclose(outs[0], outs[2]), "the last step is meant to be sparse"
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_autocast():
     tensors = packed()
     with torch.autocast("cpu", torch.bfloat16):

@@ -95,6 +95,7 @@ def test_dense_costs_little_more_than_pytorchs_function() -> None:
     assert added < LIMIT_US, f"{added:.1f} us"
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_operators_beyond_those_of_the_method() -> None:
     """One: the transpose that transformers' layout of the output needs."""
     model = tiny_model()

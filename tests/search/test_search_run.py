@@ -336,6 +336,7 @@ def test_the_summary_is_plain_json(tmp_path):
     assert all(g["best_us"] <= g["paper_us"] for g in summary["greedy"])
 
 
+@pytest.mark.usefixtures("cpu_engine")
 def test_a_bidirectional_llama_is_offered_sparsed(tmp_path):
     tiny_language_model.cache_clear()
     model = tiny_language_model()
