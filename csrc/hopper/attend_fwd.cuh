@@ -127,6 +127,7 @@ __device__ __forceinline__ T (&first_of(T (&all)[M]))[N] {
   return reinterpret_cast<T(&)[N]>(all);
 }
 
+// One of two arrays that differ in length.
 template <bool IS_FIRST, typename T, typename U>
 __device__ __forceinline__ auto& either(T& first, U& second) {
   if constexpr (IS_FIRST) return first;
@@ -193,7 +194,7 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
     const int query = item.first_query + row;
 
     if (i == 0) mbarrier_wait(&shared.q_full[tile], ((turn - 1) / kTiles) & 1);
-    // The first stage that both read after rounds (tile.h, WATCHES).
+    // The first stage that both read after rounds (tile.cuh, WATCHES).
     const bool is_after_round = K::WATCHES && kIsFirst && !is_alone && is_pending_alone;
     if (is_after_round && group == 1) wait_for_note(&shared.passed[0], step - 1);
     if (kIsFirst || !is_ready) mbarrier_wait(&shared.k_full[slot], phase);
@@ -287,7 +288,8 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
 #pragma unroll
         for (int r = 0; r < 2; ++r) fresh.limit[r] = fmaxf(fresh.limit[r], quad_max(largest[r]) + item.skip_below);
       }
-      exponentials<Element, kIsMasked, K::kFinishAfter>(s, first_of<K::BLOCK_N / 16 / kParts>(probabilities), fresh, p.scale_log2, [&] {
+      auto& used = first_of<K::BLOCK_N / 16 / kParts>(probabilities);
+      exponentials<Element, kIsMasked, K::kFinishAfter>(s, used, fresh, p.scale_log2, [&] {
         // The exponentials so far come first, while the matrix unit works on P V.
         if constexpr (kHasPending && holds(K::GROUPS)) hold_until(fresh.sum[0] + fresh.sum[1] + p.scale, &shared.nothing);
         finish_product(step);

@@ -147,7 +147,8 @@ __device__ __forceinline__ void find_work(const AttendFwdParams& p, int item, Wo
     work.column_list =
         p.column_offsets[group * p.column_rows + work.first_query[0] / K::BLOCK_M / p.column_group];
     // Where the last stage holds columns, and the second half of it none.
-    work.last_is_half = work.count == work.unmasked && work.masked_columns > 0 && (work.visible_columns - 1) % K::BLOCK_N < K::BLOCK_N / 2;
+    work.last_is_half = work.count == work.unmasked && work.masked_columns > 0 &&
+                        (work.visible_columns - 1) % K::BLOCK_N < K::BLOCK_N / 2;
     work.count += stages;
     work.unmasked += work.columns;
   }
