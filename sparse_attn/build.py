@@ -373,13 +373,23 @@ def build_command(kind: str = "", force: bool = False) -> None:
 
 
 def compile_cuda_only() -> None:
-    """Compile every CUDA source and throw the result away: a check that needs nvcc but no GPU."""
+    """Compile every CUDA source and throw the result away: a check that needs nvcc but no GPU.
+
+    Raises:
+        BuildError: as `compile_all`, or ptxas says that registers spill or that it puts the matrix
+            instructions of a kernel one after another, which it takes for a remark.
+    """
     if not source_files("cuda"):
         print("cuda: no CUDA sources; nothing to compile.")
         return
     with tempfile.TemporaryDirectory(prefix="sparse_attn_cuda_") as folder:
         steps = cuda_steps(Path(folder))
-        print(compile_all(steps))
+        steps = [Step(step.target, (*step.command, "-Xptxas=-warn-spills")) for step in steps]
+        output = compile_all(steps)
+        print(output)
+        slow = [line for line in output.splitlines() if "serialized" in line or "spilled" in line]
+        if slow:
+            raise BuildError("cuda: compiled, but not to run at full speed:\n" + "\n".join(slow))
         print(f"cuda: compiled {len(steps)} files for {os.environ.get('TORCH_CUDA_ARCH_LIST', '9.0a')}")
 
 

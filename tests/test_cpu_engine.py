@@ -383,6 +383,31 @@ def test_cuda_sources_become_nvcc_calls(no_library, tmp_path, monkeypatch):
     assert build.wanted_kinds() == ["cpu", "cuda"], "there is a GPU"
 
 
+SPILLS = "ptxas warning : Registers are spilled to local memory in function 'k', 8 bytes spill stores"
+SERIAL = "ptxas info : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized due to"
+
+
+@pytest.mark.parametrize(("words", "is_slow"), [("", False), (SPILLS, True), (SERIAL, True)])
+def test_a_kernel_that_spills_or_serialises_fails_the_compile_check(
+    tmp_path, monkeypatch, capsys, words, is_slow
+):
+    sources = tmp_path / "csrc"
+    (sources / "hopper").mkdir(parents=True)
+    (sources / "hopper/fwd.cu").write_text("")
+    tool = tmp_path / "bin/nvcc"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *-warn-spills*) echo "{words}";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(build, "source_dir", lambda: sources)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    if is_slow:
+        with pytest.raises(build.BuildError, match="not to run at full speed:\nptxas"):
+            build.compile_cuda_only()
+    else:
+        build.compile_cuda_only()
+        assert "compiled 1 files" in capsys.readouterr().out
+
+
 def test_a_source_change_renames_the_library(tmp_path, monkeypatch):
     (tmp_path / "cpu").mkdir()
     file = tmp_path / "cpu/attend.cpp"
