@@ -121,39 +121,39 @@ __device__ __forceinline__ void thread_maxima(float (&maximum)[2], const float (
   for (int r = 0; r < 2; ++r) maximum[r] = fmaxf(fmaxf(x[r][0], x[r][1]), fmaxf(x[r][2], x[r][3]));
 }
 
+// What `of_two` and `of_three` leave of the bits of each of the thread's two rows, in four chains.
+template <typename Bits, int SCORES, typename F, typename G>
+__device__ __forceinline__ void reduce_bits(Bits (&left)[2], const float (&s)[SCORES], F of_two, G of_three) {
+  constexpr int kChains = 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    Bits x[kChains];
+#pragma unroll
+    for (int i = 0; i < SCORES / 4; ++i) {
+      const Bits a = __float_as_int(s[4 * i + 2 * r]), b = __float_as_int(s[4 * i + 2 * r + 1]);
+      x[i % kChains] = i < kChains ? of_two(a, b) : of_three(x[i % kChains], a, b);
+    }
+    left[r] = of_two(of_three(x[0], x[1], x[2]), x[3]);
+  }
+}
+
 // The bits of floats compare as integers do where one is not negative, and the other way round where both are; and of
 // integers one instruction takes the largest of three. So this is the largest score of each of the thread's two rows, unless
 // all are negative, and a number that has the sign bit then.
 template <int SCORES>
 __device__ __forceinline__ void largest_bits(int (&largest)[2], const float (&s)[SCORES]) {
-  constexpr int kChains = 4;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int x[kChains];
-#pragma unroll
-    for (int i = 0; i < SCORES / 4; ++i) {
-      const int a = __float_as_int(s[4 * i + 2 * r]), b = __float_as_int(s[4 * i + 2 * r + 1]);
-      x[i % kChains] = i < kChains ? max(a, b) : __vimax3_s32(x[i % kChains], a, b);
-    }
-    largest[r] = max(__vimax3_s32(x[0], x[1], x[2]), x[3]);
-  }
+  reduce_bits(largest, s, [](int a, int b) { return max(a, b); },
+              [](int a, int b, int c) { return __vimax3_s32(a, b, c); });
 }
 
 // The largest score of each row, from what `largest_bits` found.
 template <int SCORES>
 __device__ __forceinline__ void largest_scores(float (&largest)[2], const int (&bits)[2], const float (&s)[SCORES]) {
-  constexpr int kChains = 4;
+  unsigned least[2];
+  reduce_bits(least, s, [](unsigned a, unsigned b) { return min(a, b); },
+              [](unsigned a, unsigned b, unsigned c) { return __vimin3_u32(a, b, c); });
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    unsigned x[kChains];
-#pragma unroll
-    for (int i = 0; i < SCORES / 4; ++i) {
-      const unsigned a = __float_as_uint(s[4 * i + 2 * r]), b = __float_as_uint(s[4 * i + 2 * r + 1]);
-      x[i % kChains] = i < kChains ? min(a, b) : __vimin3_u32(x[i % kChains], a, b);
-    }
-    const unsigned least = min(__vimin3_u32(x[0], x[1], x[2]), x[3]);
-    largest[r] = bits[r] < 0 ? __uint_as_float(least) : __int_as_float(bits[r]);
-  }
+  for (int r = 0; r < 2; ++r) largest[r] = bits[r] < 0 ? __uint_as_float(least[r]) : __int_as_float(bits[r]);
 }
 
 // Whether, in the warp, a score passes the maximum of its row by `headroom`, or maybe: where that is a negative number.
