@@ -37,6 +37,13 @@ __device__ __forceinline__ void multiply_pv(float (&o)[K::HEAD_DIM / 2], const u
   wgmma_commit();
 }
 
+// For how many warpgroups this one frees what it shares with them.
+template <typename K>
+__device__ __forceinline__ int voices_in(const Part& item) {
+  if constexpr (K::LEAVES) return item.voices;
+  else return 1;
+}
+
 // Normalise one warpgroup's rows and leave them in place of their queries, from where a producer's warp has them copied.
 template <typename K>
 __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedStorage<K>& shared, const Part& work,
@@ -76,7 +83,7 @@ __device__ __forceinline__ void leave_output(const AttendFwdParams& p, SharedSto
   }
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0) mbarrier_arrive(&shared.o_full[tile], K::LEAVES ? work.voices : 1);
+  if (lane == 0) mbarrier_arrive(&shared.o_full[tile], voices_in<K>(work));
 }
 
 // Whether none of the four warps whose votes these are keeps a tile.
@@ -158,21 +165,17 @@ __device__ __forceinline__ void consume(const AttendFwdParams& p, SharedStorage<
   int has_output = 0;  // o holds something of this item
   bool is_ready = false;  // K and V of the next visit are there
 
-  auto voices_in = [](const Part& item) {
-    if constexpr (K::LEAVES) return item.voices;
-    else return 1;
-  };
   auto next_work = [&] {
     mbarrier_wait(&shared.work_full[turn & 1], (turn >> 1) & 1);
     const Part next = read_work<K>(p, shared.work[turn & 1], group);
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&shared.work_empty[turn & 1], K::LEAVES && turn > 0 ? voices_in(work) : 1);
+    if (lane == 0) mbarrier_arrive(&shared.work_empty[turn & 1], K::LEAVES && turn > 0 ? voices_in<K>(work) : 1);
     ++turn;
     return next;
   };
   // This warpgroup is done with a stage; alone with it, it speaks for the other as well.
   auto release = [&](uint64_t* barrier, const Part& item, bool is_alone) {
-    if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : voices_in(item));
+    if (elected) mbarrier_arrive(barrier, K::ROUNDS && is_alone ? 2 : voices_in<K>(item));
   };
 
   // Visit i of `item`. is_alone: the next stages are a round, of which this warpgroup has one.
